@@ -1,0 +1,1 @@
+"""Preference models: what names the best and the worst candidate."""

@@ -1,0 +1,53 @@
+"""The preference model: one of the project's three seams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """One pool of K candidates for B images, all at one noise level.
+
+    x         [K, B, C, H, W] noisy latents, variance-exploding form
+    sigma     the noise level of x, the same for all
+    timestep  that noise level on the model's training schedule, 0 ... 999 (paper: t)
+    denoised  [K, B, C, H, W] the guided prediction of the clean latent at (x, sigma)
+    decode    [N, C, H, W] latents -> [N, 3, 8 H, 8 W] pictures in [-1, 1], float32
+    """
+
+    x: Tensor
+    sigma: float
+    timestep: float
+    denoised: Tensor
+    decode: Callable[[Tensor], Tensor]
+
+    @cached_property
+    def _decoded(self) -> Tensor:
+        flat = self.decode(self.denoised.flatten(0, 1))
+        return flat.unflatten(0, self.denoised.shape[:2])
+
+    def pixels(self) -> Tensor:
+        """[K, B, 3, height, width] decoded `denoised` in [-1, 1], float32; decoded at the first call only."""
+        return self._decoded
+
+
+class PreferenceModel(Protocol):
+    """Scores candidates; a higher score is preferred. Differences of scores are log-odds (Bradley-Terry).
+
+    name          what the interface and the file metadata call it
+    needs_pixels  whether `score` calls `candidates.pixels()`; a rollout without it needs no VAE
+    """
+
+    name: str
+    needs_pixels: bool
+
+    def score(self, candidates: Candidates, prompts: Sequence[str]) -> Tensor:
+        """[K, B] float32 scores of the candidates for their prompts (len(prompts) == B), no gradient."""
+        ...

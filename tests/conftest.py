@@ -1,0 +1,30 @@
+"""Shared by all tests: where the golden recordings lie, one thread, no network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+GOLDEN = Path(os.environ.get("SPO_GOLDEN_DIR") or Path(__file__).parent / "golden")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Callable[[str], dict[str, Tensor]]:
+    """`golden("loss")` -> tensors of that recording of the published implementation."""
+    return lambda name: load_file(GOLDEN / f"{name}.safetensors")
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest expected magnitude; NaN when either is not finite."""
+    value, expected = value.detach().double(), expected.detach().double()
+    assert value.shape == expected.shape
+    if not bool(torch.isfinite(value).all()):
+        return float("nan")
+    return float((value - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
