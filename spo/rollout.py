@@ -258,7 +258,7 @@ def _denoise(
 def _advance(
     latents: Tensor, denoised: Tensor, ladder: Tensor, steps: AncestralStep, step: int, draws: Draws
 ) -> Tensor:
-    """One ancestral step of [K, B, ...] latents. Candidates of a fresh pool share their parent, so only noise differs."""
+    """One ancestral step of [K, B, ...] latents. Candidates of a fresh pool share their parent and differ in noise."""
     mean = transition_mean(latents, denoised, ladder[step], steps.down[step]).to(latents.dtype)
     up = float(steps.up[step])
     return mean + up * draws.noise(step, len(latents), latents[0]) if up > 0 else mean

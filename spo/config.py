@@ -1,0 +1,315 @@
+"""The configuration: one frozen tree for the command line, the tab, the API and the metadata of the file.
+
+Outside, a configuration is flat: every setting has one name, the same as a flag, a key of a `--config` file, a key of
+the API and a key of NAME.spo.json. Inside, it is a tree of small records. Defaults that depend on the architecture
+come from the paper's table of settings (`PRESETS`); what the user gives wins over the preset, and that over defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from spo.errors import SpoError, nearest
+
+
+def _setting(default: Any, text: str, *choices: str, low: float | None = None, high: float | None = None) -> Any:
+    factory = {"default_factory": lambda: default} if isinstance(default, list | tuple) else {"default": default}
+    return field(**factory, metadata={"help": text, "choices": choices, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    checkpoint: str = _setting("", "Stable Diffusion checkpoint (SD1.5 or SDXL), a file or a diffusers folder")
+    vae: str = _setting("", "VAE file to use instead of the checkpoint's own")
+    prediction_type: str = _setting("auto", "what the network predicts", "auto", "epsilon", "v_prediction")
+    clip_skip: int = _setting(
+        1, "take the text encoder's output this many layers before the end (SD1.5)", low=1, high=12
+    )
+    precision: str = _setting(
+        "auto",
+        "of the frozen network; auto: float16 on a GPU, float32 on a CPU",
+        "auto",
+        "float32",
+        "float16",
+        "bfloat16",
+    )
+    device: str = _setting("auto", "auto, cpu, cuda, cuda:1, mps ...")
+    gradient_checkpointing: bool = _setting(False, "less memory in training for about a third more time")
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    prompts: str = _setting(
+        "", "prompts to train on: .txt (one a line), .json, .jsonl or .csv (caption, prompt or text)"
+    )
+    negative_prompt: str = _setting("", "negative prompt, in sampling and in training")
+    width: int = _setting(
+        0, "picture width in pixels, a multiple of 8; 0: 512 for SD1.5, 1024 for SDXL", low=0, high=4096
+    )
+    height: int = _setting(0, "picture height in pixels, likewise", low=0, high=4096)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    sampling_steps: int = _setting(20, "denoising steps", low=1, high=500)
+    sigmas: str = _setting(
+        "ddim", "noise levels: ddim (the paper's), karras, exponential, uniform, or falling numbers a,b,c"
+    )
+    eta: float = _setting(1.0, "fresh noise at each step, 1 in the paper", low=0.01, high=1)
+    guidance_scale: float = _setting(5.0, "CFG scale", low=1, high=50)
+    candidates: int = _setting(4, "candidates in a pool (K)", low=2, high=64)
+    inner_steps: int = _setting(0, "ordinary steps of each candidate before its verdict", low=0, high=50)
+    divert_start_step: int = _setting(4, "first step that draws a pool", low=0, high=499)
+    timestep_min: int = _setting(0, "draw pools only from this timestep", low=0, high=1000)
+    timestep_max: int = _setting(1000, "... to this one", low=0, high=1000)
+    threshold: float = _setting(
+        0.3, "keep a pair when best and worst differ by more, as softmax probabilities", low=0, high=1
+    )
+    candidates_per_call: int = _setting(0, "candidates of a picture in one network call; 0: all", low=0, high=64)
+    decode_batch: int = _setting(4, "latents decoded at a time", low=1, high=256)
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    preference: str = _setting("", "preference model: the file of a step-aware model, or demo for the demo checkpoint")
+    preference_precision: str = _setting("float32", "its precision", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    beta: float = _setting(10.0, "strength of the preference loss", low=1e-6, high=1e6)
+    ratio_clamp: float = _setting(0.1, "clamp the density ratios to 1 +- this", low=1e-6, high=0.999)
+    train_guidance: bool = _setting(True, "classifier-free guidance in the training step, too")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = _setting(4, "LoRA rank", low=1, high=1024)
+    alpha: float = _setting(0.0, "LoRA alpha; 0: the rank", low=0, high=4096)
+    modules: tuple[str, ...] = _setting(
+        ("attention",), "kinds of modules to train: attention, feed-forward, convolution"
+    )
+    start_from: str = _setting("", "LoRA file to go on from")
+    reference: str = _setting(
+        "start", "with start_from: compare with the start, or with the bare checkpoint", "start", "base"
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    epochs: int = _setting(10, "passes over the prompts; ignored when steps is given", low=1, high=100_000)
+    steps: int = _setting(0, "optimizer updates; 0: by epochs", low=0, high=100_000_000)
+    prompts_per_batch: int = _setting(10, "pictures of one rollout", low=1, high=4096)
+    pairs_per_update: int = _setting(10, "pairs of one gradient", low=1, high=4096)
+    pairs_per_call: int = _setting(0, "pairs in one network call; 0: all of an update", low=0, high=4096)
+    accumulation: int = _setting(1, "gradients summed for one optimizer update", low=1, high=4096)
+    optimizer: str = _setting("adamw", "adamw8bit needs bitsandbytes", "adamw", "adamw8bit")
+    learning_rate: float = _setting(6e-5, "peak learning rate", low=0, high=10)
+    schedule: str = _setting("constant", "of the learning rate", "constant", "cosine", "linear")
+    warmup_steps: int = _setting(0, "updates over which the learning rate rises", low=0, high=1_000_000)
+    beta1: float = _setting(0.9, "AdamW", low=0, high=0.9999)
+    beta2: float = _setting(0.999, "AdamW", low=0, high=0.999999)
+    epsilon: float = _setting(1e-8, "AdamW", low=0, high=1)
+    weight_decay: float = _setting(1e-4, "AdamW", low=0, high=10)
+    clip_norm: float = _setting(1.0, "clip the gradient's norm; 0: never", low=0, high=1e6)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    output: str = _setting("", "the LoRA file to write, NAME.safetensors")
+    seed: int = _setting(0, "everything random follows from it", low=0, high=2**63 - 1)
+    save_every: int = _setting(
+        100, "save the state and a stage of the LoRA every so many updates; 0: only at the end", low=0
+    )
+    keep_last: int = _setting(3, "keep so many stages of the LoRA; 0: all", low=0)
+    sample_every: int = _setting(0, "sample pictures every so many updates; 0: never", low=0)
+    sample_prompts: tuple[str, ...] = _setting((), "prompts of the samples; none: the first four of training")
+    sample_seed: int = _setting(1, "seed of the first sample, fixed", low=0, high=2**63 - 1)
+    save_precision: str = _setting("float16", "of the LoRA file", "float16", "bfloat16", "float32")
+    replace: bool = _setting(False, "replace an existing LoRA file and its run")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole tree. Build it with `build_config`, which validates."""
+
+    model: ModelConfig
+    prompt: PromptConfig
+    rollout: RolloutConfig
+    preference: PreferenceConfig
+    loss: LossConfig
+    lora: LoraConfig
+    optimizer: OptimizerConfig
+    run: RunConfig
+
+    def flat(self) -> dict[str, Any]:
+        """name -> value of every setting, tuples as lists: what JSON holds."""
+        values: dict[str, Any] = {}
+        for section in dataclasses.fields(self):
+            values.update(dataclasses.asdict(getattr(self, section.name)))
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting as interfaces show it. kind: str, int, float, bool or list (of str)."""
+
+    name: str
+    section: str
+    kind: type
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+    low: float | None
+    high: float | None
+
+
+# architecture -> the official settings (paper.md, "Official settings"); those of SD1.5 are the defaults above
+PRESETS: dict[str, dict[str, Any]] = {
+    "sd15": {},
+    "sdxl": {
+        "candidates": 2,
+        "inner_steps": 3,
+        "threshold": 0.4,
+        "rank": 64,
+        "learning_rate": 1e-5,
+        "prompts_per_batch": 2,
+        "pairs_per_update": 2,
+        "accumulation": 2,
+    },
+}
+NATIVE_SIZE_PX = {"sd15": 512, "sdxl": 1024}
+
+
+@cache
+def settings() -> dict[str, Setting]:
+    """Every setting by name, in order."""
+    found: dict[str, Setting] = {}
+    for section, record in typing.get_type_hints(Config).items():
+        hints = typing.get_type_hints(record)
+        for item in dataclasses.fields(record):
+            factory = item.default_factory
+            default = item.default if factory is dataclasses.MISSING else factory()
+            hint = hints[item.name]
+            kind = list if isinstance(hint, types.GenericAlias) or typing.get_origin(hint) is tuple else hint
+            assert item.name not in found, f"two settings are called {item.name}"
+            found[item.name] = Setting(item.name, section, kind, default, **item.metadata)
+    return found
+
+
+def build_config(values: Mapping[str, Any], architecture: str = "sd15") -> Config:
+    """A validated configuration from flat values; what is missing comes from the architecture's preset and defaults.
+
+    Raises SpoError for an unknown name (naming the nearest), a value of the wrong kind or out of range.
+    """
+    known = settings()
+    for name in values:
+        if name not in known:
+            raise SpoError(f'setting "{name}" is not known{nearest(name, known)}.')
+    if architecture not in PRESETS:
+        raise SpoError(f'architecture "{architecture}" is not known; {" and ".join(PRESETS)} are.')
+    size = NATIVE_SIZE_PX[architecture]
+    merged = {**PRESETS[architecture], **values}
+    checked = {name: _checked(known[name], value) for name, value in merged.items()}
+    for side in ("width", "height"):
+        checked[side] = checked.get(side) or size
+        if checked[side] % 8 or checked[side] < 64:
+            raise SpoError(f"{side} is {checked[side]} pixels; accepted are multiples of 8 from 64.")
+    checked["alpha"] = checked.get("alpha") or float(checked.get("rank", known["rank"].default))
+    sections = {}
+    for section, record in typing.get_type_hints(Config).items():
+        names = {item.name for item in dataclasses.fields(record)}
+        sections[section] = record(**{name: value for name, value in checked.items() if name in names})
+    config = Config(**sections)
+    if config.rollout.timestep_min > config.rollout.timestep_max:
+        raise SpoError(
+            f"timestep_min {config.rollout.timestep_min} is above timestep_max {config.rollout.timestep_max}, "
+            "so that no pool would be drawn; give them in order."
+        )
+    return config
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Flat values from a .json, .yaml or .yml file (a NAME.spo.json of an earlier run, for instance).
+
+    Raises SpoError when it cannot be read, is not a mapping, or has another ending.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix.lower() == ".json":
+            values = json.loads(text)
+        elif path.suffix.lower() in (".yaml", ".yml"):
+            import yaml
+
+            values = yaml.safe_load(text)
+        else:
+            raise SpoError(f'configuration file "{path}" must end in .json, .yaml or .yml.')
+    except OSError as error:
+        raise SpoError(f'configuration file "{path}" cannot be read: {error.strerror or error}.') from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise SpoError(f'configuration file "{path}" is not valid {path.suffix[1:].upper()}: {error}.') from error
+    except Exception as error:  # yaml's own errors, whose classes need yaml
+        if type(error).__module__.startswith("yaml"):
+            raise SpoError(f'configuration file "{path}" is not valid YAML: {error}.') from error
+        raise
+    if not isinstance(values, dict):
+        raise SpoError(
+            f'configuration file "{path}" holds a {type(values).__name__}; it must hold "setting: value" pairs.'
+        )
+    return values
+
+
+def _checked(setting: Setting, value: Any) -> Any:
+    """`value` in the setting's type, or SpoError saying name, value and what is accepted."""
+    converted = _converted(setting, value)
+    if setting.choices:
+        for one in converted if isinstance(converted, tuple) else (converted,):
+            if one not in setting.choices:
+                accepted = ", ".join(setting.choices) + nearest(str(one), setting.choices)
+                raise SpoError(f'{setting.name} is "{one}"; accepted are {accepted}.')
+    if setting.kind in (int, float):
+        low, high = setting.low, setting.high
+        if not (low is None or converted >= low) or not (high is None or converted <= high):
+            accepted = f"{low:g} or more" if high is None else f"{low:g} to {high:g}"
+            raise SpoError(f"{setting.name} is {converted}; accepted is {accepted}.")
+    return converted
+
+
+def _converted(setting: Setting, value: Any) -> Any:
+    wrong = SpoError(f"{setting.name} is {value!r}; it must be {_KIND_NAMES[setting.kind]}.")
+    if setting.kind is list:
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list | tuple) or not all(isinstance(one, str) for one in values):
+            raise wrong
+        return tuple(values)
+    if setting.kind is bool:
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if setting.kind is str:
+        if isinstance(value, list | tuple) and setting.name == "sigmas":
+            return ",".join(str(one) for one in value)
+        if not isinstance(value, str):
+            raise wrong
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise wrong
+    try:
+        number = setting.kind(value)
+    except (ValueError, OverflowError):
+        raise wrong from None
+    if setting.kind is int and isinstance(value, float) and number != value:
+        raise wrong
+    return number
+
+
+_KIND_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list of texts"}

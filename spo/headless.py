@@ -1,0 +1,202 @@
+"""Training and sampling without a WebUI: the host around a checkpoint that diffusers loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spo.checkpoint_file import short_hash
+from spo.config import Config
+from spo.denoiser import Conditioning, GuidedDenoiser
+from spo.diffusion import checked_ladder, sigma_ladder
+from spo.errors import SpoError
+from spo.preference.protocol import PreferenceModel
+from spo.rng import SeededDraws
+from spo.rollout import PoolVerdict, Rollout, RolloutSettings, sample_spo
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from spo.diffusers_host import DiffusersModel
+
+
+def ladder_of(config: Config, alphas_cumprod: Tensor) -> Tensor:
+    """[steps + 1] the noise levels that `sigmas` and `sampling_steps` name. SpoError when they make no ladder."""
+    text = config.rollout.sigmas
+    if not any(character.isdigit() for character in text):
+        return sigma_ladder(text, config.rollout.sampling_steps, alphas_cumprod)
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise SpoError(f'sigmas is "{text}"; give a name or falling numbers with commas between them.') from None
+    return checked_ladder(numbers)
+
+
+def repeat_conditioning(extra_args: Mapping[str, Any], count: int) -> Mapping[str, Any]:
+    """The denoiser's arguments for `count` candidates of every image, candidate-major."""
+    return {
+        name: value.repeat(count) if isinstance(value, Conditioning) else value for name, value in extra_args.items()
+    }
+
+
+class HeadlessHost:
+    """A `trainer.Host` over a `DiffusersModel`."""
+
+    naming = "diffusers"
+
+    def __init__(self, model: DiffusersModel, config: Config) -> None:
+        self.model, self.config = model, config
+        self.architecture: str = model.architecture
+        self.prediction_type: str = model.prediction_type
+        self.network: torch.nn.Module = model.unet
+        self.device = model.device
+        self.checkpoint_name = model.info.path.name
+        self.checkpoint_hash = "" if model.info.is_folder else short_hash(model.info.path)
+        self.alphas_cumprod = model.alphas_cumprod.to(self.device)
+        self.sigmas = ladder_of(config, self.alphas_cumprod.cpu()).to(self.device)
+        self.denoiser = GuidedDenoiser(model.predict, self.alphas_cumprod, model.prediction_type)
+        self._encoded: dict[str, Conditioning] = {}
+        if config.model.gradient_checkpointing:
+            model.set_gradient_checkpointing(True)
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Encode prompts and the negative prompt, once; all padded to the same number of chunks."""
+        negative = self.config.prompt.negative_prompt
+        wanted = list(dict.fromkeys(prompts))
+        chunks = self.model.count_chunks([*wanted, negative])
+
+        def encode(told: Sequence[str], is_negative: bool) -> Conditioning:
+            return self.model.encode_prompts(
+                told,
+                clip_skip=self.config.model.clip_skip,
+                width=self.config.prompt.width,
+                height=self.config.prompt.height,
+                chunks=chunks,
+                negative=is_negative,
+            )
+
+        encoded = encode(wanted, False)
+        self._encoded = {prompt: encoded.rows([row]) for row, prompt in enumerate(wanted)}
+        self._negative = encode([negative], True)
+
+    def conditioning(self, prompts: Sequence[str]) -> Conditioning:
+        """[N] rows for prompts that `prepare` has encoded."""
+        return Conditioning.cat([self._encoded[prompt] for prompt in prompts])
+
+    def arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
+        return {
+            "cond": self.conditioning(prompts),
+            "uncond": self._negative.repeat(len(prompts)),
+            "guidance_scale": self.config.rollout.guidance_scale,
+        }
+
+    def _start(self, draws: SeededDraws) -> Tensor:
+        shape = (4, self.config.prompt.height // 8, self.config.prompt.width // 8)
+        noise = draws.initial(shape).to(self.device)
+        return noise * (1 + self.sigmas[0] ** 2).sqrt()  # x_vp starts as pure noise, as in the published code
+
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: RolloutSettings,
+        preference: PreferenceModel | None,
+        watch: Callable[[PoolVerdict], None] | None,
+    ) -> Rollout:
+        """Sample one picture for each prompt; see `trainer.Host`."""
+        draws = SeededDraws(seeds)
+        return sample_spo(
+            self.denoiser,
+            self._start(draws),
+            self.sigmas,
+            self.arguments(prompts),
+            settings=settings,
+            draws=draws,
+            alphas_cumprod=self.alphas_cumprod,
+            preference=preference,
+            prompts=prompts,
+            decode=self.decode,
+            repeat=repeat_conditioning,
+            watch=watch,
+        )
+
+    def denoise(self, x: Tensor, sigma: Tensor, prompts: Sequence[str], step: Tensor) -> Tensor:
+        """Denoised latents for the training step; see `trainer.Host`."""
+        if not self.config.loss.train_guidance:
+            return self.denoiser(x, sigma, self.conditioning(prompts))
+        return self.denoiser(x, sigma, **self.arguments(prompts))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """[N, 4, h, w] latents -> [N, 3, 8 h, 8 w] pictures in [-1, 1], float32."""
+        return self.model.decode(latents, decode_batch=self.config.rollout.decode_batch)
+
+    def sample(self, prompts: Sequence[str], seeds: Sequence[int], batch: int = 16) -> Tensor:
+        """[N, 3, height, width] pictures in [-1, 1] on the CPU: ordinary ancestral sampling, no pools."""
+        plain = RolloutSettings(candidates=1, eta=self.config.rollout.eta)
+        pictures = []
+        for first in range(0, len(prompts), batch):
+            part = slice(first, first + batch)
+            pictures.append(self.decode(self.rollout(prompts[part], seeds[part], plain, None, None).x).cpu())
+        return torch.cat(pictures)
+
+    def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
+        """The same as PIL pictures."""
+        return [to_picture(pixels) for pixels in self.sample(prompts, seeds)]
+
+
+def to_picture(pixels: Tensor) -> Image:
+    """[3, H, W] in [-1, 1] -> an RGB picture."""
+    from PIL import Image
+
+    bytes_ = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(bytes_.permute(1, 2, 0).cpu().numpy())
+
+
+def load_host(config: Config) -> HeadlessHost:
+    """Load the configured checkpoint. Raises SpoError for what `diffusers_host.load_model` refuses."""
+    from spo.diffusers_host import load_model
+
+    device = choose_device(config.model.device)
+    model = load_model(
+        config.model.checkpoint,
+        device=device,
+        dtype=choose_dtype(config.model.precision, device),
+        vae_path=config.model.vae or None,
+        prediction_type=None if config.model.prediction_type == "auto" else config.model.prediction_type,
+    )
+    return HeadlessHost(model, config)
+
+
+def load_preference(config: Config, host: HeadlessHost) -> PreferenceModel:
+    """Load the configured preference model onto the host's device."""
+    from spo.preference.load import load
+
+    dtype = getattr(torch, config.preference.preference_precision)
+    return load(config.preference.preference, device=host.device, dtype=dtype, architecture=host.architecture)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a name means; "auto": CUDA, Apple's, or the CPU. SpoError when it is not there."""
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise SpoError(
+            f'device "{name}" cannot be used here ({reason}); accepted are auto, cpu, cuda, cuda:1, mps.'
+        ) from None
+    return device
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of the frozen network; auto: float16 on a GPU, float32 on a CPU."""
+    if precision == "auto":
+        precision = "float32" if device.type == "cpu" else "float16"
+    return getattr(torch, precision)

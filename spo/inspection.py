@@ -1,0 +1,26 @@
+"""What a file is, in a few lines: `spo inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spo.checkpoint_file import describe as describe_checkpoint
+from spo.checkpoint_file import inspect_checkpoint
+from spo.errors import SpoError
+from spo.lora_file import describe as describe_lora
+from spo.lora_file import read_lora
+
+
+def describe_file(path: Path) -> str:
+    """Lines about a LoRA or a checkpoint; SpoError says what it is when it is neither."""
+    if path.is_dir():
+        return "\n".join(describe_checkpoint(inspect_checkpoint(path)))
+    try:
+        lora = read_lora(path)
+    except SpoError as not_a_lora:
+        try:
+            return "\n".join(describe_checkpoint(inspect_checkpoint(path)))
+        except SpoError as not_a_checkpoint:
+            known = "LoRA" in str(not_a_checkpoint)
+            raise (not_a_lora if known else not_a_checkpoint) from None
+    return describe_lora(lora).text()

@@ -1,0 +1,83 @@
+"""The demo's preference model: a small step-aware network on the predicted clean latent. No decoder, no text.
+
+It was fitted (spo/demo/make_preference.py) by the paper's recipe to pairs that a rule labelled: the rule of taste
+in spo/demo/rule.py, which itself is never shown to training and stays the judge.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spo.errors import SpoError
+from spo.preference.protocol import Candidates
+
+KIND = "latent_cnn"
+
+
+class LatentCNN(nn.Module):
+    """[N, 4, h, w] clean-latent predictions and [N] timesteps -> [N] scores."""
+
+    def __init__(self, width: int = 64, blocks: int = 3) -> None:
+        super().__init__()
+        self.width = width
+        self.enter = nn.Conv2d(4, width, 3, padding=1)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * blocks * width))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width, affine=False) for _ in range(blocks))
+        self.convolutions = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(blocks))
+        self.leave = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, 1))
+
+    def forward(self, latents: Tensor, timesteps: Tensor) -> Tensor:
+        """Scores; each block is modulated by the timestep (scale and shift), the end sees mean and deviation."""
+        half = self.width // 2
+        frequencies = torch.exp(torch.arange(half, device=latents.device) * (-math.log(10_000) / half))
+        angles = timesteps.float()[:, None] * frequencies
+        modulation = self.time(torch.cat([angles.cos(), angles.sin()], 1)).unflatten(1, (-1, 2, self.width))
+        x = self.enter(latents)
+        for index, (norm, convolution) in enumerate(zip(self.norms, self.convolutions, strict=True)):
+            scale, shift = modulation[:, index, 0, :, None, None], modulation[:, index, 1, :, None, None]
+            x = x + convolution(nn.functional.silu(norm(x) * (1 + scale) + shift))
+        pooled = torch.cat([x.mean((2, 3)), x.flatten(2).std(2)], 1)
+        return self.leave(pooled)[:, 0]
+
+
+class DemoTaste:
+    """A `PreferenceModel` over a `LatentCNN`."""
+
+    needs_pixels = False
+
+    def __init__(self, network: LatentCNN, name: str = "demo") -> None:
+        self.network, self.name = network.eval().requires_grad_(False), name
+
+    @torch.no_grad()
+    def score(self, candidates: Candidates, prompts: Sequence[str]) -> Tensor:
+        """[K, B] float32; see `PreferenceModel`. The prompts do not matter."""
+        flat = candidates.denoised.flatten(0, 1).float()
+        timesteps = torch.full((len(flat),), candidates.timestep, device=flat.device)
+        return self.network(flat, timesteps).unflatten(0, candidates.denoised.shape[:2])
+
+
+def save_demo_taste(network: LatentCNN, path: Path, facts: dict[str, str]) -> None:
+    """Write the network (float16) with `facts` as metadata."""
+    from safetensors.torch import save_file
+
+    tensors = {name: value.half().contiguous() for name, value in network.state_dict().items()}
+    save_file(tensors, path, {"spo_preference": KIND, "width": str(network.width), **facts})
+
+
+def load_demo_taste(path: Path, device: torch.device | str = "cpu") -> DemoTaste:
+    """Read what `save_demo_taste` wrote, in float32. Raises SpoError for another kind of file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        facts = file.metadata() or {}
+        if facts.get("spo_preference") != KIND:
+            raise SpoError(f'"{path}" is not a preference model of the demo\'s kind.')
+        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
+    network = LatentCNN(int(facts["width"]))
+    network.load_state_dict(tensors)
+    return DemoTaste(network.to(device))

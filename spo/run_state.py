@@ -1,0 +1,167 @@
+"""What a run needs to go on exactly where it stopped, in one file that is written whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo.errors import SpoError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to disk, and give it the name only then."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all; UTF-8, newlines as given."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(text.encode())
+
+    write_whole(path, write)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The state between two optimizer updates.
+
+    tensors  by name: `lora/...`, `optimizer/...`, `pending/...` (pairs of the current rollout not yet trained on)
+    facts    what JSON holds: position (epoch, batch, update), gradient scaler, statistics so far, configuration, ids
+    """
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+def save_state(path: Path, state: RunState) -> None:
+    """Write `state` to `path`, whole or not at all; the former file stays until the new one is on disk."""
+    from safetensors.torch import save_file
+
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.tensors.items()}
+    metadata = {"spo_state": json.dumps({"format": FORMAT, **state.facts})}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def load_state(path: Path) -> RunState:
+    """Read what `save_state` wrote, on the CPU. Raises SpoError for a missing, damaged or foreign file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})["spo_state"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except FileNotFoundError as error:
+        raise SpoError(f'there is no run to resume: "{path}" does not exist.') from error
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise SpoError(
+            f'"{path}" is damaged or is not the state of a run ({error}); start anew with --replace.'
+        ) from error
+    if facts.get("format") != FORMAT:
+        raise SpoError(
+            f'"{path}" was written by another version (format {facts.get("format")}, this one reads {FORMAT}).'
+        )
+    return RunState(tensors, facts)
+
+
+def flatten(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+    """Take the tensors out of nested dicts and lists (an optimizer's state dict) into `tensors`; JSON remains.
+
+    Dicts become lists of [key, value], since JSON's keys are texts and an optimizer's are numbers. Undone by `restore`.
+    """
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        tensors[prefix] = value
+        return {"tensor": prefix}
+    if isinstance(value, dict):
+        return {"items": [[key, flatten(entry, f"{prefix}/{key}", tensors)] for key, entry in value.items()]}
+    if isinstance(value, list | tuple):
+        entries = [flatten(entry, f"{prefix}/{index}", tensors) for index, entry in enumerate(value)]
+        return {"tuple": entries} if isinstance(value, tuple) else entries
+    return value
+
+
+def restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `flatten`."""
+    if isinstance(value, list):
+        return [restore(entry, tensors) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    if "tuple" in value:
+        return tuple(restore(entry, tensors) for entry in value["tuple"])
+    return {key: restore(entry, tensors) for key, entry in value["items"]}
+
+
+class MetricsFile:
+    """metrics.csv: one row for each rollout and its training. Columns that appear later are added for all rows."""
+
+    def __init__(self, path: Path, keep_batches: int | None = None) -> None:
+        """Of an existing file the rows of the first `keep_batches` rollouts stay; a resumed run repeats the others."""
+        self.path = path
+        self.rows: list[dict[str, str]] = []
+        if keep_batches is not None and path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["batch"]) < keep_batches]
+        self._write()
+
+    def add(self, row: Mapping[str, object]) -> None:
+        """Append a row; numbers are written in full precision."""
+        self.rows.append({name: "" if value is None else str(value) for name, value in row.items()})
+        known = self._columns(self.rows[:-1])
+        if list(self.rows[-1]) == known:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, known, lineterminator="\n").writerow(self.rows[-1])
+        else:
+            self._write()
+
+    def _write(self) -> None:
+        def write(temporary: Path) -> None:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                columns = self._columns(self.rows)
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                if columns:
+                    writer.writeheader()
+                writer.writerows(self.rows)
+
+        write_whole(self.path, write)
+
+    @staticmethod
+    def _columns(rows: Iterable[Mapping[str, str]]) -> list[str]:
+        return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def keep_newest(paths: Sequence[Path], count: int) -> None:
+    """Delete all but the last `count` of `paths` (oldest first); 0 keeps all."""
+    if count:
+        for path in paths[:-count]:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,71 @@
+"""The rooms of the house: what may import what, and what may be imported without heavy libraries."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SPO = Path(__file__).parent.parent / "spo"
+MODULES = {
+    ".".join(path.relative_to(SPO.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in SPO.rglob("*.py")
+}
+TORCH_ONLY = {"spo.diffusion", "spo.pairs", "spo.loss"}
+WEBUI_ONLY = {"modules", "gradio", "fastapi"}
+HEADLESS = {"spo.diffusers_host", "spo.headless", "spo.comparison", "spo.plan", "spo.cli", "spo.demo", "spo.__main__"}
+
+
+def imports(path: Path, *, everywhere: bool = True) -> set[str]:
+    """Names of imported modules; only those of the module's top level when not everywhere."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+    return found
+
+
+def test_the_mathematics_knows_nothing_but_torch():
+    for name in TORCH_ONLY:
+        foreign = {module for module in imports(MODULES[name]) if module.startswith("spo.")}
+        assert foreign <= TORCH_ONLY | {"spo.errors"}, name
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_only_the_webui_room_imports_the_webui(name):
+    tops = {module.split(".")[0] for module in imports(MODULES[name])}
+    assert name.startswith("spo.webui") or not tops & WEBUI_ONLY
+
+
+@pytest.mark.parametrize(
+    "name", ["spo.rollout", "spo.trainer", "spo.lora", "spo.lora_file", "spo.run_state", "spo.config"]
+)
+def test_the_engine_does_not_know_its_hosts(name):
+    known = imports(MODULES[name])
+    assert not any(module == host or module.startswith(f"{host}.") for module in known for host in HEADLESS)
+    assert not any(module.startswith("spo.webui") for module in known)
+
+
+def test_the_engine_imports_where_the_webui_and_diffusers_do_not_exist():
+    engine = [
+        "spo",
+        "spo.rollout",
+        "spo.trainer",
+        "spo.lora_file",
+        "spo.compare",
+        "spo.config",
+        "spo.headless",
+        "spo.cli",
+    ]
+    blocked = ["modules", "gradio", "fastapi", "diffusers", "peft", "transformers", "matplotlib", "PIL"]
+    code = (
+        f"import sys\nfor name in {blocked}: sys.modules[name] = None\n"
+        f"import importlib\nfor name in {engine}: importlib.import_module(name)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=SPO.parent)
