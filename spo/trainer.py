@@ -26,7 +26,7 @@ from spo.config import Config
 from spo.diffusion import ancestral_step, transition_log_density, transition_mean
 from spo.errors import SpoError
 from spo.lora import Adapter, modules_of_kinds
-from spo.lora_file import LoraFacts, LoraLayer, check_matches, lora_metadata, read_lora, write_lora
+from spo.lora_file import LoraFacts, LoraLayer, check_matches, lora_metadata, read_lora, with_one_alpha, write_lora
 from spo.loss import PairLoss, spo_loss
 from spo.module_names import file_name
 from spo.pairs import Pairs
@@ -507,10 +507,12 @@ class _Run:
         return path
 
     def _write_lora(self, path: Path) -> Path:
-        layers = {
-            file_name(name, self.host.naming, self.host.architecture, self.adapter.names): layer
+        network = [name for name, _ in self.host.network.named_modules()]
+        named = {
+            file_name(name, self.host.naming, self.host.architecture, network): layer
             for name, layer in self.adapter.weights().items()
         }
+        layers = with_one_alpha(named)  # some loaders apply one alpha to all layers
         config = self.config
         facts = LoraFacts(
             architecture=self.host.architecture,
