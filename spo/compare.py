@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.errors import SpoError
-from spo.run_state import write_whole
+from spo.files import write_whole
 
 if TYPE_CHECKING:
     import numpy as np

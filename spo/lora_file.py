@@ -12,13 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,6 +27,7 @@ from torch import Tensor, nn
 from spo import __version__
 from spo.checkpoint_file import TensorFile, open_tensor_file, read_tensors
 from spo.errors import SpoError
+from spo.files import exists_already, named_when_whole
 from spo.module_names import FILE_PREFIX, FILE_STYLE, canonical_file_name, file_name_style, modules_by_file_name
 
 TITLE = {"sd15": "Stable Diffusion 1.5", "sdxl": "SDXL"}
@@ -210,8 +208,8 @@ def write_lora(
     metadata = {**metadata, **_hashes(tensors, metadata)}
     content = _serialize(tensors, metadata)
     try:
-        with _named_when_whole(path, replace) as temporary:
-            _write_to_disk(temporary, content)
+        with named_when_whole(path, replace=replace) as temporary:
+            temporary.write_bytes(content)
             _verify(path, temporary, tensors, metadata)
     except OSError as error:
         raise SpoError(f'"{path}" cannot be written: {error.strerror or error}.') from error
@@ -223,13 +221,9 @@ def _check_target(path: Path, metadata: Mapping[str, str], replace: bool) -> Non
     if not path.parent.is_dir():
         raise SpoError(f'There is no folder "{path.parent}" to write "{path.name}" into.')
     if path.exists() and not replace:
-        raise _exists(path)
+        raise exists_already(path)
     if metadata.get("ss_output_name", path.stem) != path.stem:
         raise SpoError(f'"{path.name}" would say that its name is "{metadata["ss_output_name"]}", not "{path.stem}".')
-
-
-def _exists(path: Path) -> SpoError:
-    return SpoError(f'"{path}" exists already; choose another name, or allow it to be replaced.')
 
 
 def _file_tensors(path: Path, layers: Mapping[str, LoraLayer], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -290,52 +284,6 @@ def _hashes(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str
         "sshs_model_hash": hashlib.sha256(body).hexdigest(),
         "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
     }
-
-
-@contextmanager
-def _named_when_whole(path: Path, replace: bool) -> Iterator[Path]:
-    """A free name in the folder of `path` to write to; the file there becomes `path` unless the block raises."""
-    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
-    try:
-        yield temporary
-        if replace:
-            os.replace(temporary, path)
-        else:
-            _name_new(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    with suppress(OSError):  # not every system lets a folder be flushed
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _name_new(temporary: Path, path: Path) -> None:
-    """Give the file its name unless the name is taken: two writers cannot both succeed."""
-    try:
-        os.link(temporary, path)
-        return
-    except FileExistsError:
-        raise _exists(path) from None
-    except OSError:  # no hard links in this file system: claim the name with an empty file, then put ours in its place
-        try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            raise _exists(path) from None
-    try:
-        os.replace(temporary, path)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def _write_to_disk(temporary: Path, content: bytes) -> None:
-    with temporary.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _verify(path: Path, temporary: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from spo.config import Config
 from spo.diffusion import ancestral_step, transition_log_density, transition_mean
 from spo.errors import SpoError
+from spo.files import write_text
 from spo.lora import Adapter, modules_of_kinds
 from spo.lora_file import LoraFacts, LoraLayer, check_matches, lora_metadata, read_lora, with_one_alpha, write_lora
 from spo.loss import PairLoss, spo_loss
@@ -33,7 +34,7 @@ from spo.pairs import Pairs
 from spo.preference.protocol import PreferenceModel
 from spo.rng import permutation, stable_seed
 from spo.rollout import PoolScores, PoolVerdict, Rollout, RolloutSettings
-from spo.run_state import MetricsFile, RunState, flatten, keep_newest, load_state, restore, save_state, write_text
+from spo.run_state import MetricsFile, RunState, flatten, keep_newest, load_state, restore, save_state
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -332,8 +332,8 @@ def flip_a_bit(content: bytes) -> bytes:
 def test_what_reads_back_differently_is_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[bytes], bytes]
 ) -> None:
-    really_write = lora_file._write_to_disk
-    monkeypatch.setattr(lora_file, "_write_to_disk", lambda path, content: really_write(path, spoil(content)))
+    really_write = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda path, content: really_write(path, spoil(content)))
     with pytest.raises(SpoError, match=r"x\.safetensors.* was not saved"):
         write_lora(tmp_path / "x.safetensors", two_layers(), {})
     assert folder_names(tmp_path) == []

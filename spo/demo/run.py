@@ -1,0 +1,116 @@
+"""`spo demo`: train a LoRA for the demo checkpoint on its small preference model, then let the rule judge it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spo import compare
+from spo.comparison import Samples, adapter_from_file, samples, save_grid
+from spo.config import Config, build_config
+from spo.demo.judge import HERE, Judge, Judgement, held_out, taste_win_rate
+from spo.errors import SpoError
+from spo.prompts import read_prompts
+
+CHECKPOINT = HERE / "demo.safetensors"
+
+# chosen from the curve of taste and kept subjects against training in docs/demo.md
+SETTINGS: dict[str, Any] = {
+    "width": 64,
+    "height": 64,
+    "rank": 8,
+    "learning_rate": 1e-4,
+    "threshold": 0.1,
+    "prompts_per_batch": 10,
+    "pairs_per_update": 20,
+    "steps": 600,
+    "save_every": 200,
+    "sample_every": 200,
+    "precision": "float32",
+    "device": "cpu",
+}
+
+
+def demo_config(folder: Path, changes: Mapping[str, Any] | None = None) -> Config:
+    """The demonstration's configuration, writing into `folder`."""
+    files = {
+        "checkpoint": str(CHECKPOINT),
+        "prompts": str(HERE / "prompts.txt"),
+        "preference": "demo",
+        "output": str(folder / "demo_lora.safetensors"),
+    }
+    return build_config({**SETTINGS, **files, **(changes or {})}, "sd15")
+
+
+def run_demo(folder: Path, steps: int = 0) -> int:
+    """Train (or go on, or reuse what is there) and judge; LoRA, grid.png, curves.png, result.json go to `folder`."""
+    from spo.cli import progress_bar
+    from spo.headless import load_host, load_preference
+    from spo.trainer import run_folder_of, train
+
+    began = time.monotonic()
+    config = demo_config(folder, {"steps": steps} if steps else None)
+    output, result = Path(config.run.output), folder / "result.json"
+    if output.exists() and result.exists():
+        print(f"The demonstration is in {folder} already; delete that folder to do it again.\n")
+        print(json.loads(result.read_text())["table"])
+        return 0
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpoError(f'the folder "{folder}" cannot be made: {error.strerror}.') from error
+    host = load_host(config)
+    preference = load_preference(config, host)
+    state = run_folder_of(output) / "state.safetensors"
+    if not output.exists():
+        print(f"Training a LoRA for the demo checkpoint: {config.optimizer.steps} updates, a few minutes on two cores.")
+        with progress_bar() as watcher:
+            prompts = read_prompts(config.prompt.prompts)
+            report = train(host, config, prompts, preference, watcher, resume=state.exists())
+        if not report.finished:
+            print(f"Stopped after {report.steps} updates; run the same command again to go on.")
+            return 130
+    compare.curves(run_folder_of(output) / "metrics.csv", folder / "curves.png")
+
+    print("Judging base and LoRA on 64 held-out prompt-and-seed pairs ...")
+    told, seeds = held_out()
+    host.prepare(told)
+    columns: dict[str, Samples] = {"base": samples(host, preference, told, seeds)}
+    adapter = adapter_from_file(host, output)
+    columns["LoRA"] = samples(host, preference, told, seeds)
+    adapter.remove()
+    judge = Judge()
+    verdicts = {name: judge.judge(column.pixels, told) for name, column in columns.items()}
+    table = result_table(columns, verdicts)
+    shown = {
+        name: Samples(column.latents[:12], column.pixels[:12], verdicts[name].taste[:12])
+        for name, column in columns.items()
+    }
+    save_grid(shown, told[:12], folder / "grid.png")
+    facts = {"table": table, "steps": config.optimizer.steps, "seconds": time.monotonic() - began}
+    result.write_text(json.dumps(facts, indent=2) + "\n")
+    print(f"\n{table}\n\nLoRA    {output}\ngrid    {folder / 'grid.png'}\ncurves  {folder / 'curves.png'}")
+    return 0
+
+
+def result_table(columns: Mapping[str, Samples], verdicts: Mapping[str, Judgement]) -> str:
+    """True taste, preference score and kept subjects of base and LoRA, and how often the LoRA wins by the rule."""
+    rate = taste_win_rate(verdicts["LoRA"], verdicts["base"])
+    rows = [
+        [
+            name,
+            f"{float(verdicts[name].taste.mean()):.1f}",
+            f"{float(column.scores.mean()):.2f}",
+            f"{verdicts[name].kept_share:.0%}",
+        ]
+        for name, column in columns.items()
+    ]
+    headers = ["", "true taste (colourfulness)", "preference score", "subject recognised"]
+    return (
+        f"{compare.table(rows, headers)}\n\n"
+        f"The LoRA's picture is more colourful in {rate.rate:.0%} of {len(verdicts['base'].taste)} held-out pairs "
+        f"(95 % interval {rate.low:.0%} to {rate.high:.0%})."
+    )
