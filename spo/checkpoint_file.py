@@ -1,7 +1,6 @@
 """What is inside a checkpoint, told from the names, shapes and dtypes of its tensors; no network is built.
 
-Of a .safetensors file only the header is read; of a .ckpt the tensor index, through torch's weights-only loader, which
-runs no code. Everything else (prediction type, attention heads) comes from a WebUI yaml beside the file, the file's
+Everything else (prediction type, attention heads) comes from a WebUI yaml beside the file, the file's
 metadata and marker tensors, or Stable Diffusion's usual values. What is not a Stable Diffusion 1.x or SDXL
 text-to-image checkpoint is refused with one sentence saying what it is.
 
@@ -15,15 +14,13 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn
+from typing import Any, Literal
 
 from spo.errors import SpoError, nearest
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from spo.tensor_file import TensorEntry, TensorFile, open_tensor_file, refuse
 
 Architecture = Literal["sd15", "sdxl"]
 PredictionType = Literal["epsilon", "v_prediction"]
@@ -37,147 +34,12 @@ CLIP_PREFIX: Mapping[Architecture, str] = {
 OPEN_CLIP_PREFIX = "conditioner.embedders.1.model."
 VOCABULARY = 49408
 
-_HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own
 _SCALE_FACTOR: Mapping[Architecture, float] = {"sd15": 0.18215, "sdxl": 0.13025}
 _TITLE: Mapping[Architecture, str] = {"sd15": "Stable Diffusion 1.x", "sdxl": "Stable Diffusion XL"}
 _PREDICTION_WORDS: Mapping[str, PredictionType] = {
     "epsilon": "epsilon", "eps": "epsilon",
     "v_prediction": "v_prediction", "v": "v_prediction", "v-prediction": "v_prediction", "vpred": "v_prediction",
 }  # fmt: skip
-
-
-def _refuse(path: Path, sentence: str) -> NoReturn:
-    raise SpoError(f'"{path.name or path}" {sentence}')
-
-
-# ---------------------------------------------------------------------------------------------- tensors in a file
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a file: its shape, and its dtype by safetensors' name (F32, F16, BF16, ...)."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class TensorFile:
-    """The index of a file: what tensors it holds. `read_tensors` reads them.
-
-    tensors   name -> entry, in the file's order; of a pickle, the tensors of its `state_dict` or of its top level
-    metadata  safetensors' string metadata; empty for a pickle
-    """
-
-    path: Path
-    is_pickle: bool
-    tensors: Mapping[str, TensorEntry]
-    metadata: Mapping[str, str]
-    size_bytes: int
-
-
-def open_tensor_file(path: Path | str) -> TensorFile:
-    """The index of a .safetensors or pickle (.ckpt, .pt, .bin) file; which it is tells its content, not its name.
-
-    Raises SpoError for what is missing, unreadable, truncated, not such a file, or a pickle holding other things.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise SpoError(f'there is no file "{path}"')
-    if not path.is_file():
-        _refuse(path, "is not a file")
-    try:
-        with path.open("rb") as stream:
-            start = stream.read(64)
-            size_bytes = stream.seek(0, 2)
-            if (start[:2] == b"PK" or start[:1] == b"\x80") and start[8:9] != b"{":  # a header length may look so
-                tensors = _load_pickle(path)
-                entries = {name: _entry(tensor) for name, tensor in tensors.items()}
-                return TensorFile(path, True, entries, {}, size_bytes)
-            stream.seek(0)
-            return _safetensors_index(path, stream, start, size_bytes)
-    except OSError as error:
-        raise SpoError(f'"{path}" cannot be read: {error.strerror or error}') from error
-
-
-def read_tensors(file: TensorFile, names: Iterable[str]) -> dict[str, Tensor]:
-    """The named tensors on the CPU, in the file's own dtypes; other tensors are not read."""
-    if file.is_pickle:
-        tensors = _load_pickle(file.path)
-        return {name: tensors[name] for name in names}
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(file.path), framework="pt", device="cpu") as opened:
-            return {name: opened.get_tensor(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise SpoError(f'"{file.path}" cannot be read: {error}') from error
-
-
-def _safetensors_index(path: Path, stream: BinaryIO, start: bytes, size_bytes: int) -> TensorFile:
-    text = start.lstrip()[:16].lower()
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        _refuse(path, "is a web page, not a checkpoint: the download went wrong")
-    if start.startswith(b"version https://git-lfs"):
-        _refuse(path, "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
-    if start[:4] == b"GGUF":
-        _refuse(path, "is a GGUF file (quantized); a .safetensors or .ckpt checkpoint is needed")
-    if size_bytes < 8:
-        _refuse(path, f"is truncated: it has only {size_bytes} bytes")
-    header_bytes = int.from_bytes(start[:8], "little")
-    if not 2 <= header_bytes <= _HEADER_LIMIT_BYTES or start[8:9] not in (b"{", b""):
-        _refuse(path, "is neither a safetensors file nor a torch checkpoint")
-    if 8 + header_bytes > size_bytes:
-        _refuse(path, f"is truncated: its header alone has {8 + header_bytes} bytes, the file {size_bytes}")
-    try:
-        header = json.loads(stream.read(8 + header_bytes)[8:])
-        metadata = dict(header.pop("__metadata__", {}))
-        entries = {name: TensorEntry(tuple(e["shape"]), e["dtype"]) for name, e in header.items()}
-        data_bytes = max((e["data_offsets"][1] for e in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise SpoError(f'"{path.name}" is not a safetensors file: its header does not list tensors') from error
-    expected_bytes = 8 + header_bytes + data_bytes
-    if expected_bytes > size_bytes:
-        _refuse(path, f"is truncated: its header lists {expected_bytes} bytes, the file has {size_bytes}")
-    if expected_bytes < size_bytes:
-        _refuse(path, f"is damaged: its header lists {expected_bytes} bytes, the file has {size_bytes}")
-    return TensorFile(path, False, entries, metadata, size_bytes)
-
-
-def _load_pickle(path: Path) -> dict[str, Tensor]:
-    import pickle
-
-    import torch
-
-    if path.suffix == ".safetensors":
-        _refuse(path, "is a torch checkpoint under a wrong name: rename it to .ckpt")
-    with path.open("rb") as stream:
-        is_zip = stream.read(2) == b"PK"
-    try:  # mmap: only the tensors that are used are read
-        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise SpoError(
-            f'"{path.name}" is a pickle that holds more than tensors, and loading it could run any code: '
-            "convert it to .safetensors where you trust it"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise SpoError(f'"{path.name}" is truncated, damaged, or not a torch checkpoint') from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    tensors = {}
-    if isinstance(content, dict):
-        tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
-    if isinstance(content, dict) and "string_to_param" in content:
-        _refuse(path, "is a textual inversion embedding, not a checkpoint")
-    if not tensors:
-        _refuse(path, "is a pickle without named tensors, not a checkpoint")
-    return tensors
-
-
-def _entry(tensor: Tensor) -> TensorEntry:
-    name = str(tensor.dtype).removeprefix("torch.")
-    short = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "int32": "I32"}
-    return TensorEntry(tuple(tensor.shape), short.get(name, name))
 
 
 # ---------------------------------------------------------------------------------------------- what was found
@@ -302,7 +164,7 @@ def inspect_checkpoint(
     override = None if prediction_type is None else _prediction_word(prediction_type, "prediction type")
     if path.is_dir():
         if config_path is not None:
-            _refuse(path, "is a diffusers folder, which brings its own configuration; leave the yaml away")
+            refuse(path, "is a diffusers folder, which brings its own configuration; leave the yaml away")
         try:
             return _inspect_folder(path, override)
         except (KeyError, TypeError, ValueError) as error:
@@ -390,26 +252,26 @@ def _architecture(file: TensorFile) -> Architecture:
 
     context = {e.shape[1] for name, e in names.items() if name.endswith(".attn2.to_k.weight") and len(e.shape) == 2}
     if starts("edm_"):
-        _refuse(file.path, "is an SDXL checkpoint with EDM preconditioning (Playground 2.5), which is not supported")
+        refuse(file.path, "is an SDXL checkpoint with EDM preconditioning (Playground 2.5), which is not supported")
     if any(".time_stack." in name for name in names):
-        _refuse(file.path, "is a video checkpoint (Stable Video Diffusion), not text-to-image")
+        refuse(file.path, "is a video checkpoint (Stable Video Diffusion), not text-to-image")
     if starts("cond_stage_model.roberta."):
-        _refuse(file.path, "is an AltDiffusion checkpoint, which is not supported")
+        refuse(file.path, "is an AltDiffusion checkpoint, which is not supported")
     if starts("cond_stage_model.model.", "embedder.model.", "depth_model.") or (1024 in context and not is_xl):
         variant = {9: "2.x inpainting", 5: "2.x depth", 7: "2.x upscaler"}.get(in_channels, "2.x")
         variant = "2.1 unCLIP" if is_xl else variant
-        _refuse(file.path, f"is a Stable Diffusion {variant} checkpoint; only SD 1.x and SDXL are supported")
+        refuse(file.path, f"is a Stable Diffusion {variant} checkpoint; only SD 1.x and SDXL are supported")
     if starts("conditioner.embedders.0.model.") or (is_xl and context == {1280}):
-        _refuse(file.path, "is the SDXL refiner, which only finishes pictures; use the SDXL base checkpoint")
+        refuse(file.path, "is the SDXL refiner, which only finishes pictures; use the SDXL base checkpoint")
     family = "SDXL" if is_xl else "SD 1.x"
     if in_channels == 9:
-        _refuse(file.path, f"is an {family} inpainting checkpoint (9 input channels); use the text-to-image one")
+        refuse(file.path, f"is an {family} inpainting checkpoint (9 input channels); use the text-to-image one")
     if in_channels == 8:
-        _refuse(file.path, f"is an {family} instruct-pix2pix checkpoint (8 input channels); use the text-to-image one")
+        refuse(file.path, f"is an {family} instruct-pix2pix checkpoint (8 input channels); use the text-to-image one")
     if in_channels != 4:
-        _refuse(file.path, f"has a UNet with {in_channels} input channels; text-to-image checkpoints have 4")
+        refuse(file.path, f"has a UNet with {in_channels} input channels; text-to-image checkpoints have 4")
     if not context:
-        _refuse(file.path, "has a UNet without cross-attention, so it cannot follow prompts")
+        refuse(file.path, "has a UNet without cross-attention, so it cannot follow prompts")
     return "sdxl" if is_xl else "sd15"
 
 
@@ -433,27 +295,27 @@ def _refuse_other_kinds(file: TensorFile) -> None:
 
     path, use = file.path, "a complete SD 1.x or SDXL checkpoint is needed"
     if mark(*_LORA_MARKS) or starts(*_LORA_STARTS):
-        _refuse(path, f"is a LoRA, which only adds to a checkpoint; {use}")
+        refuse(path, f"is a LoRA, which only adds to a checkpoint; {use}")
     if "emb_params" in names or set(names) == {"clip_l", "clip_g"}:
-        _refuse(path, f"is a textual inversion embedding; {use}")
+        refuse(path, f"is a textual inversion embedding; {use}")
     if starts("control_model.", "controlnet_cond_embedding.", "input_hint_block."):
-        _refuse(path, f"is a ControlNet; {use}")
+        refuse(path, f"is a ControlNet; {use}")
     if mark("joint_blocks.0."):
-        _refuse(path, "is a Stable Diffusion 3 checkpoint; only SD 1.x and SDXL are supported")
+        refuse(path, "is a Stable Diffusion 3 checkpoint; only SD 1.x and SDXL are supported")
     if mark("double_blocks.0.img_attn.", "single_transformer_blocks.0."):
-        _refuse(path, "is a Flux checkpoint; only SD 1.x and SDXL are supported")
+        refuse(path, "is a Flux checkpoint; only SD 1.x and SDXL are supported")
     if f"{UNET_PREFIX}input_blocks.0.0.weight" in names:
         return
     if starts(UNET_PREFIX):
-        _refuse(path, "holds another kind of diffusion network; only SD 1.x and SDXL are supported")
+        refuse(path, "holds another kind of diffusion network; only SD 1.x and SDXL are supported")
     if "input_blocks.0.0.weight" in names or ("conv_in.weight" in names and mark("down_blocks.0.resnets.0.")):
-        _refuse(path, f"holds a UNet alone; {use}")
+        refuse(path, f"holds a UNet alone; {use}")
     if starts(VAE_PREFIX, "encoder.conv_in.", "decoder.conv_in.") and not starts("cond_stage_model.", "conditioner."):
-        _refuse(path, f"is a VAE, which can be given besides a checkpoint; {use}")
+        refuse(path, f"is a VAE, which can be given besides a checkpoint; {use}")
     if starts(*_TEXT_STARTS):
-        _refuse(path, f"is a text encoder alone; {use}")
+        refuse(path, f"is a text encoder alone; {use}")
     some = ", ".join(list(names)[:3]) or "none"
-    _refuse(path, f"holds no Stable Diffusion UNet (its first tensors: {some}); {use}")
+    refuse(path, f"holds no Stable Diffusion UNet (its first tensors: {some}); {use}")
 
 
 # ---------------------------------------------------------------------------------------------- sizes from tensors
@@ -472,9 +334,9 @@ class _Tensors:
     def size(self, name: str, axis: int = 0) -> int:
         entry = self.file.tensors.get(self.prefix + name)
         if entry is None:
-            _refuse(self.file.path, f'is incomplete: the tensor "{self.prefix}{name}" is missing')
+            refuse(self.file.path, f'is incomplete: the tensor "{self.prefix}{name}" is missing')
         if axis >= len(entry.shape):
-            _refuse(self.file.path, f'is damaged: the tensor "{self.prefix}{name}" has the shape {list(entry.shape)}')
+            refuse(self.file.path, f'is damaged: the tensor "{self.prefix}{name}" has the shape {list(entry.shape)}')
         return entry.shape[axis]
 
     def count(self, pattern: str) -> int:
@@ -502,10 +364,10 @@ def _unet_shape(file: TensorFile, architecture: Architecture, hints: _YamlHints)
     outputs = [_depth(unet, f"output_blocks.{i}.1") for i in range(unet.count("output_blocks.{}.0.in_layers.2.weight"))]
     mirrored = [depth for depth in reversed(depths) for _ in range(len(levels[0]) + 1)]
     if not regular or outputs != mirrored or not middle_depth or depths[-1] not in (0, middle_depth):
-        _refuse(file.path, "has a UNet of irregular layout (pruned or distilled, like SSD-1B), which is not supported")
+        refuse(file.path, "has a UNet of irregular layout (pruned or distilled, like SSD-1B), which is not supported")
     channels = tuple(level[0][0] for level in levels)
     if unet.size("input_blocks.0.0.weight") != channels[0]:
-        _refuse(file.path, "has a UNet whose first level is wider than its input, which is not supported")
+        refuse(file.path, "has a UNet whose first level is wider than its input, which is not supported")
     transformer = next(
         block
         for block in ("middle_block.1", *(f"input_blocks.{i}.1" for i in range(20)))
@@ -536,7 +398,7 @@ def _unet_heads(
         last = level == len(channels) - 1  # the middle, which always attends, has the last level's width
         if (depth or last) and (heads[level] < 1 or width % heads[level] or (head_width and width % head_width)):
             wanted = f"{head_width} channels a head" if head_width else f"{heads[level]} heads"
-            _refuse(path, f"has {width} channels in level {level}, which do not divide into {wanted}: say num_heads or "
+            refuse(path, f"has {width} channels in level {level}, which do not divide into {wanted}: say num_heads or "
                           "num_head_channels in a yaml beside the checkpoint")  # fmt: skip
     return tuple(max(1, number) for number in heads)
 
@@ -546,12 +408,12 @@ def vae_shape(file: TensorFile, prefix: str) -> VaeShape:
     vae = _Tensors(file, prefix)
     levels = vae.count("encoder.down.{}.block.0.conv2.weight")
     if not vae.has("post_quant_conv.weight") or not vae.has("quant_conv.weight"):
-        _refuse(file.path, "holds a VAE without quant_conv, so not one of Stable Diffusion 1.x or SDXL")
+        refuse(file.path, "holds a VAE without quant_conv, so not one of Stable Diffusion 1.x or SDXL")
     if vae.size("post_quant_conv.weight", 1) != 4 or vae.size("decoder.conv_in.weight", 1) != 4:
         channels = vae.size("post_quant_conv.weight", 1)
-        _refuse(file.path, f"holds a VAE with {channels} latent channels; Stable Diffusion 1.x and SDXL have 4")
+        refuse(file.path, f"holds a VAE with {channels} latent channels; Stable Diffusion 1.x and SDXL have 4")
     if levels < 2 or any(vae.has(f"encoder.down.{level}.attn.0.norm.weight") for level in range(levels)):
-        _refuse(file.path, "holds a VAE of another layout than Stable Diffusion's")
+        refuse(file.path, "holds a VAE of another layout than Stable Diffusion's")
     return VaeShape(
         channels=tuple(vae.size(f"encoder.down.{level}.block.0.conv2.weight") for level in range(levels)),
         res_blocks=vae.count("encoder.down.0.block.{}.conv2.weight"),
@@ -601,10 +463,10 @@ def _text_encoder_shapes(
             )
         )
     if architecture == "sdxl" and len(found) == 1:
-        _refuse(file.path, "is an SDXL checkpoint with only one of its two text encoders")
+        refuse(file.path, "is an SDXL checkpoint with only one of its two text encoders")
     for encoder in found:
         if encoder.vocabulary < VOCABULARY or encoder.positions < 77:
-            _refuse(file.path, f"has a text encoder for {encoder.vocabulary} tokens at {encoder.positions} places; "
+            refuse(file.path, f"has a text encoder for {encoder.vocabulary} tokens at {encoder.positions} places; "
                                f"CLIP's has {VOCABULARY} at 77")  # fmt: skip
     return tuple(_with_config_hint(file.path, e, number, hints) for number, e in enumerate(found))
 
@@ -623,11 +485,11 @@ def _with_config_hint(path: Path, shape: TextEncoderShape, number: int, hints: _
         if (config.get("hidden_size"), config.get("num_hidden_layers")) != (shape.width, shape.layers):
             if place == places[-1]:
                 continue  # it belongs to another checkpoint of that folder
-            _refuse(place, f"does not fit the text encoder in {path.name}, which is {shape.width} wide with "
+            refuse(place, f"does not fit the text encoder in {path.name}, which is {shape.width} wide with "
                            f"{shape.layers} layers")  # fmt: skip
         heads = int(config.get("num_attention_heads", shape.heads))
         if heads < 1 or shape.width % heads:
-            _refuse(place, f"says num_attention_heads {heads}, which does not divide {shape.width}")
+            refuse(place, f"says num_attention_heads {heads}, which does not divide {shape.width}")
         activation = str(config.get("hidden_act", shape.activation))
         epsilon = float(config.get("layer_norm_eps", shape.norm_epsilon))
         return dataclasses.replace(shape, heads=heads, activation=activation, norm_epsilon=epsilon)
@@ -677,7 +539,7 @@ def _yaml_hints(checkpoint: Path, config_path: Path | str | None) -> _YamlHints:
         raise SpoError(f'"{path}" is not a readable yaml file') from error
     params = _child(content, "model", "params")
     if not params:
-        _refuse(path, "is not a Stable Diffusion configuration: it has no model.params")
+        refuse(path, "is not a Stable Diffusion configuration: it has no model.params")
     network = _child(params, "unet_config", "params") or _child(params, "network_config", "params")
     try:
         head_width = int(network.get("num_head_channels") or 0)
@@ -776,18 +638,18 @@ def _inspect_folder(path: Path, override: PredictionType | None) -> CheckpointIn
     index = _json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
     pipeline = str(index.get("_class_name", "StableDiffusionPipeline"))
     if not pipeline.startswith("StableDiffusion") or pipeline.startswith("StableDiffusion3"):
-        _refuse(path, f"is a diffusers folder for {pipeline}; only SD 1.x and SDXL are supported")
+        refuse(path, f"is a diffusers folder for {pipeline}; only SD 1.x and SDXL are supported")
     if not (path / "unet").is_dir():
         files = sorted(p.name for p in path.glob("*") if p.suffix in (".safetensors", ".ckpt"))
         some = f"; give one of its files, such as {files[0]}" if files else ""
-        _refuse(path, f"is a folder without unet/, so it is not a diffusers checkpoint{some}")
+        refuse(path, f"is a folder without unet/, so it is not a diffusers checkpoint{some}")
     unet_part = open_folder_part(path / "unet")
     config = unet_part.config
     architecture = _folder_architecture(path, config)
     wanted = ["vae", "text_encoder", *(["text_encoder_2"] if architecture == "sdxl" else [])]
     missing = [part for part in wanted if not (path / part).is_dir()]
     if missing:
-        _refuse(path, f"is a diffusers folder without {' and '.join(f'{part}/' for part in missing)}")
+        refuse(path, f"is a diffusers folder without {' and '.join(f'{part}/' for part in missing)}")
     vae_part, *text_parts = (open_folder_part(path / part) for part in wanted)
     scheduler_path = path / "scheduler" / "scheduler_config.json"
     scheduler = _json(scheduler_path) if scheduler_path.is_file() else {}
@@ -829,12 +691,12 @@ def _folder_architecture(path: Path, config: Mapping[str, Any]) -> Architecture:
     context, channels = config.get("cross_attention_dim"), config.get("in_channels", 4)
     family = "SDXL" if is_xl else "SD 1.x"
     if not is_xl and context == 1024:
-        _refuse(path, "is a Stable Diffusion 2.x checkpoint; only SD 1.x and SDXL are supported")
+        refuse(path, "is a Stable Diffusion 2.x checkpoint; only SD 1.x and SDXL are supported")
     if is_xl and context == 1280:
-        _refuse(path, "is the SDXL refiner, which only finishes pictures; use the SDXL base checkpoint")
+        refuse(path, "is the SDXL refiner, which only finishes pictures; use the SDXL base checkpoint")
     if channels != 4:
         kind = {9: f"an {family} inpainting", 8: f"an {family} instruct-pix2pix"}.get(channels, "a special")
-        _refuse(path, f"is {kind} checkpoint ({channels} input channels); use the text-to-image one")
+        refuse(path, f"is {kind} checkpoint ({channels} input channels); use the text-to-image one")
     return "sdxl" if is_xl else "sd15"
 
 
@@ -879,7 +741,7 @@ def _folder_text_shape(part: FolderPart, number: int) -> TextEncoderShape:
         norm_epsilon=float(config.get("layer_norm_eps", 1e-5)),
     )
     if shape.vocabulary < VOCABULARY or shape.positions < 77:
-        _refuse(part.folder, f"has a text encoder for {shape.vocabulary} tokens at {shape.positions} places; "
+        refuse(part.folder, f"has a text encoder for {shape.vocabulary} tokens at {shape.positions} places; "
                              f"CLIP's has {VOCABULARY} at 77")  # fmt: skip
     return shape
 

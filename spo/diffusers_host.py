@@ -30,19 +30,17 @@ from spo.checkpoint_file import (
     FolderPart,
     NoiseSchedule,
     PredictionType,
-    TensorFile,
     TextEncoderShape,
     UNetShape,
     VaeShape,
     clip_prefix,
     inspect_checkpoint,
     open_folder_part,
-    open_tensor_file,
-    read_tensors,
     vae_shape,
 )
 from spo.denoiser import Conditioning
 from spo.errors import SpoError
+from spo.tensor_file import TensorFile, open_tensor_file, read_tensors
 
 TRAINING_TIMESTEPS = 1000
 CHUNK_TOKENS = 75  # of a prompt; with the start and end tokens a chunk is 77 places long

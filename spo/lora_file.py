@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from spo import __version__
-from spo.checkpoint_file import TensorFile, open_tensor_file, read_tensors
 from spo.errors import SpoError
 from spo.files import exists_already, named_when_whole
 from spo.module_names import FILE_PREFIX, FILE_STYLE, canonical_file_name, file_name_style, modules_by_file_name
+from spo.tensor_file import TensorFile, open_tensor_file, read_tensors
 
 TITLE = {"sd15": "Stable Diffusion 1.5", "sdxl": "SDXL"}
 

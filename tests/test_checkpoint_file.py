@@ -18,15 +18,13 @@ import pytest
 import torch
 
 from spo.checkpoint_file import (
-    TensorFile,
     describe,
     file_sha256,
     inspect_checkpoint,
-    open_tensor_file,
-    read_tensors,
     short_hash,
 )
 from spo.errors import SpoError
+from spo.tensor_file import TensorFile, open_tensor_file, read_tensors
 from tests.tiny_checkpoints import (
     clip_tensors,
     ldm_unet_tensors,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from spo.checkpoint_file import open_tensor_file
 from spo.errors import SpoError
 from spo.preference.protocol import PreferenceModel
+from spo.tensor_file import open_tensor_file
 
 OFFICIAL_FILES = {
     "sd15": "sd-v1-5_step-aware_preference_model.bin",

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spo.checkpoint_file import TensorFile, read_tensors
 from spo.errors import SpoError
 from spo.preference.protocol import Candidates
+from spo.tensor_file import TensorFile, read_tensors
 
 TEXT_TOKENS = 77
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

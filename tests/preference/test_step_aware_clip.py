@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from spo.checkpoint_file import open_tensor_file
 from spo.errors import SpoError
 from spo.preference.demo_taste import DemoTaste, LatentCNN, save_demo_taste
 from spo.preference.load import load
@@ -30,6 +29,7 @@ from spo.preference.step_aware_clip import (
     read_step_aware_clip,
     token_ids,
 )
+from spo.tensor_file import open_tensor_file
 from tests.conftest import GOLDEN, relative_error
 
 SHAPES = ("square", "tall", "wide")

@@ -1,0 +1,152 @@
+"""The tensors of a file: names, shapes and dtypes first, the tensors themselves when asked for.
+
+Of a .safetensors file only the header is read; of a pickle (.ckpt, .pt, .bin) the tensor index, through torch's
+weights-only loader, which runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
+
+from spo.errors import SpoError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own
+
+
+def refuse(path: Path, sentence: str) -> NoReturn:
+    """Raise SpoError: the file's name and what is wrong with it."""
+    raise SpoError(f'"{path.name or path}" {sentence}')
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: its shape, and its dtype by safetensors' name (F32, F16, BF16, ...)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """The index of a file: what tensors it holds. `read_tensors` reads them.
+
+    tensors   name -> entry, in the file's order; of a pickle, the tensors of its `state_dict` or of its top level
+    metadata  safetensors' string metadata; empty for a pickle
+    """
+
+    path: Path
+    is_pickle: bool
+    tensors: Mapping[str, TensorEntry]
+    metadata: Mapping[str, str]
+    size_bytes: int
+
+
+def open_tensor_file(path: Path | str) -> TensorFile:
+    """The index of a .safetensors or pickle (.ckpt, .pt, .bin) file; which it is tells its content, not its name.
+
+    Raises SpoError for what is missing, unreadable, truncated, not such a file, or a pickle holding other things.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise SpoError(f'there is no file "{path}"')
+    if not path.is_file():
+        refuse(path, "is not a file")
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(64)
+            size_bytes = stream.seek(0, 2)
+            if (start[:2] == b"PK" or start[:1] == b"\x80") and start[8:9] != b"{":  # a header length may look so
+                tensors = _load_pickle(path)
+                entries = {name: _entry(tensor) for name, tensor in tensors.items()}
+                return TensorFile(path, True, entries, {}, size_bytes)
+            stream.seek(0)
+            return _safetensors_index(path, stream, start, size_bytes)
+    except OSError as error:
+        raise SpoError(f'"{path}" cannot be read: {error.strerror or error}') from error
+
+
+def read_tensors(file: TensorFile, names: Iterable[str]) -> dict[str, Tensor]:
+    """The named tensors on the CPU, in the file's own dtypes; other tensors are not read."""
+    if file.is_pickle:
+        tensors = _load_pickle(file.path)
+        return {name: tensors[name] for name in names}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file.path), framework="pt", device="cpu") as opened:
+            return {name: opened.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise SpoError(f'"{file.path}" cannot be read: {error}') from error
+
+
+def _safetensors_index(path: Path, stream: BinaryIO, start: bytes, size_bytes: int) -> TensorFile:
+    text = start.lstrip()[:16].lower()
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        refuse(path, "is a web page, not a checkpoint: the download went wrong")
+    if start.startswith(b"version https://git-lfs"):
+        refuse(path, "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
+    if start[:4] == b"GGUF":
+        refuse(path, "is a GGUF file (quantized); a .safetensors or .ckpt checkpoint is needed")
+    if size_bytes < 8:
+        refuse(path, f"is truncated: it has only {size_bytes} bytes")
+    header_bytes = int.from_bytes(start[:8], "little")
+    if not 2 <= header_bytes <= _HEADER_LIMIT_BYTES or start[8:9] not in (b"{", b""):
+        refuse(path, "is neither a safetensors file nor a torch checkpoint")
+    if 8 + header_bytes > size_bytes:
+        refuse(path, f"is truncated: its header alone has {8 + header_bytes} bytes, the file {size_bytes}")
+    try:
+        header = json.loads(stream.read(8 + header_bytes)[8:])
+        metadata = dict(header.pop("__metadata__", {}))
+        entries = {name: TensorEntry(tuple(e["shape"]), e["dtype"]) for name, e in header.items()}
+        data_bytes = max((e["data_offsets"][1] for e in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise SpoError(f'"{path.name}" is not a safetensors file: its header does not list tensors') from error
+    expected_bytes = 8 + header_bytes + data_bytes
+    if expected_bytes > size_bytes:
+        refuse(path, f"is truncated: its header lists {expected_bytes} bytes, the file has {size_bytes}")
+    if expected_bytes < size_bytes:
+        refuse(path, f"is damaged: its header lists {expected_bytes} bytes, the file has {size_bytes}")
+    return TensorFile(path, False, entries, metadata, size_bytes)
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    import pickle
+
+    import torch
+
+    if path.suffix == ".safetensors":
+        refuse(path, "is a torch checkpoint under a wrong name: rename it to .ckpt")
+    with path.open("rb") as stream:
+        is_zip = stream.read(2) == b"PK"
+    try:  # mmap: only the tensors that are used are read
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        raise SpoError(
+            f'"{path.name}" is a pickle that holds more than tensors, and loading it could run any code: '
+            "convert it to .safetensors where you trust it"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        raise SpoError(f'"{path.name}" is truncated, damaged, or not a torch checkpoint') from error
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    tensors = {}
+    if isinstance(content, dict):
+        tensors = {str(name): value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    if isinstance(content, dict) and "string_to_param" in content:
+        refuse(path, "is a textual inversion embedding, not a checkpoint")
+    if not tensors:
+        refuse(path, "is a pickle without named tensors, not a checkpoint")
+    return tensors
+
+
+def _entry(tensor: Tensor) -> TensorEntry:
+    name = str(tensor.dtype).removeprefix("torch.")
+    short = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "int32": "I32"}
+    return TensorEntry(tuple(tensor.shape), short.get(name, name))
