@@ -196,7 +196,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of the frozen network; auto: float16 on a GPU, float32 on a CPU."""
+    """The dtype of the frozen network; auto: float16 on a GPU, float32 on a CPU. SpoError when it cannot compute."""
     if precision == "auto":
         precision = "float32" if device.type == "cpu" else "float16"
-    return getattr(torch, precision)
+    dtype = getattr(torch, precision)
+    try:
+        one = torch.ones(1, 1, device=device, dtype=dtype)
+        one @ one
+    except RuntimeError:
+        raise SpoError(f"precision {precision} does not work on {device} with this PyTorch; use float32.") from None
+    return dtype

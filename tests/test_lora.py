@@ -10,9 +10,10 @@ import torch
 from spo.errors import SpoError
 from spo.lora import Adapter, modules_of_kinds
 from spo.lora_file import LoraLayer
+from tests.conftest import float16
 from tests.tiny_checkpoints import tiny_sd15, tiny_sdxl
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, float16, torch.bfloat16]
 
 
 def network_and_call(architecture, dtype):

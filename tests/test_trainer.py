@@ -15,6 +15,7 @@ from spo.errors import SpoError
 from spo.lora import Adapter, modules_of_kinds
 from spo.lora_file import read_lora
 from spo.trainer import Watcher, batch_of, learning_rate, pair_loss, rollout_settings, run_folder_of, stages, train
+from tests.conftest import float16
 from tests.tiny_host import MeanOfChannel, TinyHost, same_weights
 
 PROMPTS = ["a fox", "a boat", "a pear"]
@@ -178,7 +179,7 @@ def test_small_calls_give_the_same_update(tmp_path):
         torch.testing.assert_close(layer.up, runs["one by one"][name].up, rtol=1e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [float16, torch.bfloat16])
 def test_half_precision_networks_train_with_float32_adapters(tmp_path, dtype):
     config = small(tmp_path, steps=3, save_precision="float32")
     host = TinyHost(config, dtype)
