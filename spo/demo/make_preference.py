@@ -104,6 +104,12 @@ def pairwise(scores: Tensor, taste: Tensor) -> tuple[Tensor, Tensor]:
     return difference.flatten(), (taste[:, first] > taste[:, second]).float().flatten()
 
 
+def across(scores: Tensor, taste: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """The same for pairs of pictures of different prompts, at different timesteps: group g with group g + shift."""
+    label = (taste > taste.roll(shift, 0)).float()
+    return (scores - scores.roll(shift, 0)).flatten(), label.flatten()
+
+
 def accuracy(network: LatentCNN, host: HeadlessHost, groups: Groups, timestep: int) -> float:
     """Share of pairs whose order the network gets right at one timestep; at 0 on the finished latents."""
     told = torch.full((len(groups.prompts),), timestep)
@@ -118,7 +124,7 @@ def fit(host: HeadlessHost, groups: Groups, config: Config, epochs: int, noises:
     """Fit on `noises` noisings of each group, drawn once; `epochs` passes over them."""
     torch.manual_seed(seed)
     network = LatentCNN()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * noises)
     timesteps = [
         torch.randint(0, 900, (len(groups.prompts),), generator=generator(seed, "t", n)) for n in range(noises)
@@ -128,8 +134,12 @@ def fit(host: HeadlessHost, groups: Groups, config: Config, epochs: int, noises:
     for epoch in range(epochs):
         losses = []
         for n in permutation(noises, seed, "order", epoch):
-            scores = network(predicted[n].flatten(0, 1), timesteps[n].repeat_interleave(GROUP))
-            loss = binary_cross_entropy_with_logits(*pairwise(scores.unflatten(0, (-1, GROUP)), groups.taste))
+            scores = network(predicted[n].flatten(0, 1), timesteps[n].repeat_interleave(GROUP)).unflatten(
+                0, (-1, GROUP)
+            )
+            loss = binary_cross_entropy_with_logits(*pairwise(scores, groups.taste))
+            shift = 1 + stable_seed(seed, "shift", epoch, n) % (len(groups.prompts) - 1)
+            loss = loss + binary_cross_entropy_with_logits(*across(scores, groups.taste, shift))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

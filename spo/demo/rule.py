@@ -4,7 +4,7 @@ import torch
 
 
 def colourfulness(pixels: torch.Tensor) -> torch.Tensor:
-    """Colourfulness of pictures, on the 0 to 255 scale (about 0 grey, 15 slightly, 45 quite, 80 and more very colourful).
+    """Colourfulness of pictures on the 0 to 255 scale: 0 is grey, about 45 is quite, 80 and more very colourful.
 
     With rg = R - G and yb = (R + G) / 2 - B over all pixels of a picture:
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spo import compare
-from spo.comparison import Samples, adapter_from_file, samples, save_grid
+from spo.comparison import Samples, adapter_from_file, samples
 from spo.config import Config, build_config
 from spo.demo.judge import HERE, Judge, Judgement, held_out, taste_win_rate
 from spo.errors import SpoError
+from spo.headless import to_picture
 from spo.prompts import read_prompts
 
 CHECKPOINT = HERE / "demo.safetensors"
@@ -22,13 +23,13 @@ SETTINGS: dict[str, Any] = {
     "width": 64,
     "height": 64,
     "rank": 8,
-    "learning_rate": 1e-4,
+    "learning_rate": 3e-4,
     "threshold": 0.1,
     "prompts_per_batch": 10,
     "pairs_per_update": 20,
-    "steps": 600,
-    "save_every": 200,
-    "sample_every": 200,
+    "steps": 240,
+    "save_every": 80,
+    "sample_every": 80,
     "precision": "float32",
     "device": "cpu",
 }
@@ -85,15 +86,32 @@ def run_demo(folder: Path, steps: int = 0) -> int:
     judge = Judge()
     verdicts = {name: judge.judge(column.pixels, told) for name, column in columns.items()}
     table = result_table(columns, verdicts)
-    shown = {
-        name: Samples(column.latents[:12], column.pixels[:12], verdicts[name].taste[:12])
-        for name, column in columns.items()
-    }
-    save_grid(shown, told[:12], folder / "grid.png")
+    save_demo_grid(columns, verdicts, told, folder / "grid.png")
     facts = {"table": table, "steps": config.optimizer.steps, "seconds": time.monotonic() - began}
     result.write_text(json.dumps(facts, indent=2) + "\n")
     print(f"\n{table}\n\nLoRA    {output}\ngrid    {folder / 'grid.png'}\ncurves  {folder / 'curves.png'}")
     return 0
+
+
+def save_demo_grid(
+    columns: Mapping[str, Samples],
+    verdicts: Mapping[str, Judgement],
+    prompts: Sequence[str],
+    path: Path,
+    shown: int = 20,
+) -> None:
+    """The first pairs, base above LoRA, ten in a row, with the rule's value under each picture."""
+    rows, labels, captions = [], [], []
+    for first in range(0, shown, 10):
+        part = slice(first, first + 10)
+        for name, column in columns.items():
+            tastes = verdicts[name].taste[part].tolist()
+            rows.append([to_picture(pixels) for pixels in column.pixels[part]])
+            labels.append(name)
+            captions.append([f"{prompt}: {taste:.0f}" for prompt, taste in zip(prompts[part], tastes, strict=True)])
+    compare.grid(rows, labels, [""] * 10, captions, title="colourfulness, the rule of taste, before and after").save(
+        path
+    )
 
 
 def result_table(columns: Mapping[str, Samples], verdicts: Mapping[str, Judgement]) -> str:
