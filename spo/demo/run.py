@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {
     "width": 64,
     "height": 64,
     "rank": 8,
-    "learning_rate": 3e-4,
+    "learning_rate": 1e-4,
     "threshold": 0.1,
     "prompts_per_batch": 10,
     "pairs_per_update": 20,

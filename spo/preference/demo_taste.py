@@ -20,29 +20,28 @@ KIND = "latent_cnn"
 
 
 class LatentCNN(nn.Module):
-    """[N, 4, h, w] clean-latent predictions and [N] timesteps -> [N] scores."""
+    """[N, 4, h, w] clean-latent predictions and [N] timesteps -> [N] scores.
 
-    def __init__(self, width: int = 64, blocks: int = 3) -> None:
+    Means and deviations of two layers of features, the first of them linear, and the timestep go into a small head.
+    """
+
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.width = width
         self.enter = nn.Conv2d(4, width, 3, padding=1)
-        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2 * blocks * width))
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width, affine=False) for _ in range(blocks))
-        self.convolutions = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(blocks))
-        self.leave = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, 1))
+        self.inner = nn.Conv2d(width, width, 3, padding=1)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU())
+        self.head = nn.Sequential(nn.Linear(5 * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 1))
 
     def forward(self, latents: Tensor, timesteps: Tensor) -> Tensor:
-        """Scores; each block is modulated by the timestep (scale and shift), the end sees mean and deviation."""
         half = self.width // 2
         frequencies = torch.exp(torch.arange(half, device=latents.device) * (-math.log(10_000) / half))
         angles = timesteps.float()[:, None] * frequencies
-        modulation = self.time(torch.cat([angles.cos(), angles.sin()], 1)).unflatten(1, (-1, 2, self.width))
-        x = self.enter(latents)
-        for index, (norm, convolution) in enumerate(zip(self.norms, self.convolutions, strict=True)):
-            scale, shift = modulation[:, index, 0, :, None, None], modulation[:, index, 1, :, None, None]
-            x = x + convolution(nn.functional.silu(norm(x) * (1 + scale) + shift))
-        pooled = torch.cat([x.mean((2, 3)), x.flatten(2).std(2)], 1)
-        return self.leave(pooled)[:, 0]
+        first = self.enter(latents)
+        second = self.inner(nn.functional.silu(first))
+        pooled = [value for x in (first, second) for value in (x.mean((2, 3)), x.flatten(2).std(2))]
+        told = self.time(torch.cat([angles.cos(), angles.sin()], 1))
+        return self.head(torch.cat([*pooled, told], 1))[:, 0]
 
 
 class DemoTaste:
