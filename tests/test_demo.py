@@ -71,7 +71,7 @@ def test_the_preference_model_knows_the_rule_on_pictures_it_never_saw(tmp_path):
 
 
 def test_a_short_training_raises_the_true_taste(tmp_path):
-    config = demo_config(tmp_path, {"steps": 80, "save_every": 0, "sample_every": 0})
+    config = demo_config(tmp_path, {"steps": 50, "save_every": 0, "sample_every": 0})
     host = load_host(config)
     told, seeds = (values[:32] for values in held_out())
     host.prepare(told)
