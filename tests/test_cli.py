@@ -188,7 +188,7 @@ def start(arguments):
 @pytest.mark.skipif(os.name == "nt", reason="signals are POSIX's")
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGKILL", None)])
 def test_a_killed_process_resumes_to_the_same_lora_bit_for_bit(files, tmp_path, one_thread, how):
-    length = ["--steps", "40"]
+    length = ["--steps", "24"]
     output = tmp_path / "killed.safetensors"
     process = start(["train", *flags(files, output, *length)])
     deadline = time.monotonic() + 120
