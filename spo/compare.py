@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from PIL.ImageDraw import ImageDraw
     from PIL.ImageFont import FreeTypeFont
+    from torch import Tensor
 
 INK, MUTED, FAINT = "#1f2430", "#667085", "#e4e7ec"
 
@@ -104,6 +105,14 @@ def _cell(value: object, markdown: bool) -> str:
 
 
 # ---------------------------------------------------------------------------------------------- grids
+
+
+def to_picture(pixels: Tensor) -> Image:
+    """[3, H, W] in [-1, 1] -> an RGB picture."""
+    from PIL import Image
+
+    bytes_ = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(bytes_.permute(1, 2, 0).cpu().numpy())
 
 
 def grid(

@@ -13,7 +13,7 @@ from torch import Tensor
 from spo import compare
 from spo.config import Config
 from spo.errors import SpoError
-from spo.headless import HeadlessHost, load_host, load_preference, to_picture
+from spo.headless import HeadlessHost, load_host, load_preference
 from spo.lora import Adapter
 from spo.lora_file import check_matches, read_lora
 from spo.preference.protocol import Candidates, PreferenceModel
@@ -82,7 +82,9 @@ def compare_loras(
 
 def save_grid(columns: dict[str, Samples], row_labels: Sequence[str], output: Path) -> None:
     """Pictures with their scores under them, one column for each of `columns`."""
-    pictures = [[to_picture(column.pixels[row]) for column in columns.values()] for row in range(len(row_labels))]
+    pictures = [
+        [compare.to_picture(column.pixels[row]) for column in columns.values()] for row in range(len(row_labels))
+    ]
     captions = [[f"{float(column.scores[row]):.2f}" for column in columns.values()] for row in range(len(row_labels))]
     compare.grid(pictures, row_labels, list(columns), captions).save(output)
 

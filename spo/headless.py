@@ -9,30 +9,19 @@ import torch
 from torch import Tensor
 
 from spo.checkpoint_file import short_hash
+from spo.compare import to_picture
 from spo.config import Config
 from spo.denoiser import Conditioning, GuidedDenoiser
-from spo.diffusion import checked_ladder, sigma_ladder
 from spo.errors import SpoError
 from spo.preference.protocol import PreferenceModel
 from spo.rng import SeededDraws
 from spo.rollout import PoolVerdict, Rollout, RolloutSettings, sample_spo
+from spo.trainer import ladder_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from spo.diffusers_host import DiffusersModel
-
-
-def ladder_of(config: Config, alphas_cumprod: Tensor) -> Tensor:
-    """[steps + 1] the noise levels that `sigmas` and `sampling_steps` name. SpoError when they make no ladder."""
-    text = config.rollout.sigmas
-    if not any(character.isdigit() for character in text):
-        return sigma_ladder(text, config.rollout.sampling_steps, alphas_cumprod)
-    try:
-        numbers = [float(part) for part in text.split(",")]
-    except ValueError:
-        raise SpoError(f'sigmas is "{text}"; give a name or falling numbers with commas between them.') from None
-    return checked_ladder(numbers)
 
 
 def repeat_conditioning(extra_args: Mapping[str, Any], count: int) -> Mapping[str, Any]:
@@ -146,14 +135,6 @@ class HeadlessHost:
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         """The same as PIL pictures."""
         return [to_picture(pixels) for pixels in self.sample(prompts, seeds)]
-
-
-def to_picture(pixels: Tensor) -> Image:
-    """[3, H, W] in [-1, 1] -> an RGB picture."""
-    from PIL import Image
-
-    bytes_ = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(bytes_.permute(1, 2, 0).cpu().numpy())
 
 
 def load_host(config: Config) -> HeadlessHost:

@@ -11,10 +11,10 @@ import torch
 
 from spo.config import Config
 from spo.diffusion import scaled_linear_alphas_cumprod
-from spo.headless import choose_device, choose_dtype, ladder_of
+from spo.headless import choose_device, choose_dtype
 from spo.lora import modules_of_kinds
 from spo.rollout import pool_starts
-from spo.trainer import batches_per_epoch, rollout_settings
+from spo.trainer import batches_per_epoch, ladder_of, rollout_settings
 
 if TYPE_CHECKING:
     from spo.checkpoint_file import CheckpointInfo

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from spo.config import Config
-from spo.diffusion import ancestral_step, transition_log_density, transition_mean
+from spo.diffusion import ancestral_step, checked_ladder, sigma_ladder, transition_log_density, transition_mean
 from spo.errors import SpoError
 from spo.files import write_text
 from spo.lora import Adapter, modules_of_kinds
@@ -192,6 +192,18 @@ def rollout_settings(config: Config) -> RolloutSettings:
     """The part of the configuration that `sample_spo` needs."""
     names = [item.name for item in dataclasses.fields(RolloutSettings)]
     return RolloutSettings(**{name: getattr(config.rollout, name) for name in names})
+
+
+def ladder_of(config: Config, alphas_cumprod: Tensor) -> Tensor:
+    """[steps + 1] the noise levels that `sigmas` and `sampling_steps` name. SpoError when they make no ladder."""
+    text = config.rollout.sigmas
+    if not any(character.isdigit() for character in text):
+        return sigma_ladder(text, config.rollout.sampling_steps, alphas_cumprod)
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise SpoError(f'sigmas is "{text}"; give a name or falling numbers with commas between them.') from None
+    return checked_ladder(numbers)
 
 
 def pair_loss(host: Host, adapter: Adapter, pairs: Pairs, prompts: Sequence[str], config: Config) -> PairLoss:

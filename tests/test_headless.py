@@ -9,9 +9,9 @@ from spo.comparison import adapter_from_file
 from spo.config import build_config
 from spo.diffusion import scaled_linear_alphas_cumprod
 from spo.errors import SpoError
-from spo.headless import HeadlessHost, ladder_of, load_host
+from spo.headless import HeadlessHost, load_host
 from spo.lora_file import read_lora
-from spo.trainer import train
+from spo.trainer import ladder_of, train
 from tests.tiny_checkpoints import write_tiny_sd15, write_tiny_sdxl
 from tests.tiny_host import MeanOfChannel
 

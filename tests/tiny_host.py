@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from spo.compare import to_picture
 from spo.config import Config
 from spo.denoiser import Conditioning, GuidedDenoiser
 from spo.diffusion import scaled_linear_alphas_cumprod
-from spo.headless import ladder_of, repeat_conditioning, to_picture
+from spo.headless import repeat_conditioning
 from spo.lora_file import LoraLayer
 from spo.preference.protocol import Candidates
 from spo.rng import SeededDraws, generator
 from spo.rollout import RolloutSettings, sample_spo
+from spo.trainer import ladder_of
 from tests.tiny_checkpoints import tiny_sd15
 
 WIDTH = 32

@@ -13,7 +13,6 @@ from spo.comparison import Samples, adapter_from_file, samples
 from spo.config import Config, build_config
 from spo.demo.judge import HERE, Judge, Judgement, held_out, taste_win_rate
 from spo.errors import SpoError
-from spo.headless import to_picture
 from spo.prompts import read_prompts
 
 CHECKPOINT = HERE / "demo.safetensors"
@@ -106,7 +105,7 @@ def save_demo_grid(
         part = slice(first, first + 10)
         for name, column in columns.items():
             tastes = verdicts[name].taste[part].tolist()
-            rows.append([to_picture(pixels) for pixels in column.pixels[part]])
+            rows.append([compare.to_picture(pixels) for pixels in column.pixels[part]])
             labels.append(name)
             captions.append([f"{prompt}: {taste:.0f}" for prompt, taste in zip(prompts[part], tastes, strict=True)])
     compare.grid(rows, labels, [""] * 10, captions, title="colourfulness, the rule of taste, before and after").save(

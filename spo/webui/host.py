@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from spo.compare import to_picture
 from spo.config import Config
-from spo.diffusion import checked_ladder, sigma_ladder
 from spo.errors import SpoError
 from spo.preference.protocol import PreferenceModel
 from spo.rng import SeededDraws
 from spo.rollout import PoolVerdict, Rollout, RolloutSettings
+from spo.trainer import StopRequested, ladder_of
 from spo.webui import sampler
 
 if TYPE_CHECKING:
@@ -158,10 +159,7 @@ class WebUIHost:
 
     def ladder(self) -> Tensor:
         """[T + 1] noise levels: the configured ones, on the loaded model's own schedule."""
-        text, steps = self.config.rollout.sigmas, self.config.rollout.sampling_steps
-        if any(character.isdigit() for character in text):
-            return checked_ladder([float(part) for part in text.split(",")])
-        return sigma_ladder(text, steps, self.model.alphas_cumprod.float().cpu())
+        return ladder_of(self.config, self.model.alphas_cumprod.float().cpu())
 
     # ---- sampling
 
@@ -178,8 +176,6 @@ class WebUIHost:
         with sampler.task_for_sampler(task):
             self._process(prompts, seeds)
         if task.rollout is None:
-            from spo.trainer import StopRequested
-
             raise StopRequested
         return task.rollout
 
@@ -268,7 +264,5 @@ class WebUIHost:
 
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         """Ordinary samples with the network as it is now."""
-        from spo.headless import to_picture
-
         plain = RolloutSettings(candidates=1, eta=self.config.rollout.eta)
         return [to_picture(pixels) for pixels in self.decode(self.rollout(prompts, seeds, plain, None, None).x).cpu()]
