@@ -47,9 +47,10 @@ class HeadlessHost:
         self.alphas_cumprod = model.alphas_cumprod.to(self.device)
         self.sigmas = ladder_of(config, self.alphas_cumprod.cpu()).to(self.device)
         self.denoiser = GuidedDenoiser(model.predict, self.alphas_cumprod, model.prediction_type)
+        self.decode_batch = config.rollout.decode_batch
         self._encoded: dict[str, Conditioning] = {}
         if config.model.gradient_checkpointing:
-            model.set_gradient_checkpointing(True)
+            self.set_gradient_checkpointing(True)
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Encode prompts and the negative prompt, once; all padded to the same number of chunks."""
@@ -121,7 +122,7 @@ class HeadlessHost:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """[N, 4, h, w] latents -> [N, 3, 8 h, 8 w] pictures in [-1, 1], float32."""
-        return self.model.decode(latents, decode_batch=self.config.rollout.decode_batch)
+        return self.model.decode(latents, decode_batch=self.decode_batch)
 
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], batch: int = 16) -> Tensor:
         """[N, 3, height, width] pictures in [-1, 1] on the CPU: ordinary ancestral sampling, no pools."""
@@ -135,6 +136,10 @@ class HeadlessHost:
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         """The same as PIL pictures."""
         return [to_picture(pixels) for pixels in self.sample(prompts, seeds)]
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """See `trainer.Host`."""
+        self.model.set_gradient_checkpointing(on)
 
 
 def load_host(config: Config) -> HeadlessHost:

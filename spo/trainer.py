@@ -29,6 +29,7 @@ from spo.files import write_text
 from spo.lora import Adapter, modules_of_kinds
 from spo.lora_file import LoraFacts, LoraLayer, check_matches, lora_metadata, read_lora, with_one_alpha, write_lora
 from spo.loss import PairLoss, spo_loss
+from spo.memory import Portions, retry_with_less
 from spo.module_names import file_name
 from spo.pairs import Pairs
 from spo.preference.protocol import PreferenceModel
@@ -46,6 +47,7 @@ class Host(Protocol):
     architecture     "sd15" or "sdxl"; naming: "diffusers" or "ldm", how `network`'s modules are called
     network          the UNet, frozen, into which the adapter goes
     checkpoint_name, checkpoint_hash  for the file's metadata
+    decode_batch     latents decoded at a time; lowered by training when memory runs out
     """
 
     architecture: str
@@ -55,6 +57,7 @@ class Host(Protocol):
     device: torch.device
     checkpoint_name: str
     checkpoint_hash: str
+    decode_batch: int
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Encode all prompts that will be used; called once, before anything else."""
@@ -80,6 +83,10 @@ class Host(Protocol):
 
     def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
         """Ordinary samples with the network as it is now."""
+        ...
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Less memory in training for more time; switched on when memory runs out and nothing else helps."""
         ...
 
 
@@ -148,10 +155,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Watcher:
-    """Progress and stop, the third seam. All four are optional.
+    """Progress and stop, the third seam. All are optional.
 
     should_stop  asked between updates and between steps of a rollout; True: save and end
     sample_now   asked between updates; True: sample pictures once
+    saved        told of every LoRA file that was written, while the adapter is still in place
     """
 
     progress: Callable[[Progress], None] = lambda progress: None
@@ -159,6 +167,7 @@ class Watcher:
     sample_now: Callable[[], bool] = lambda: False
     verdict: Callable[[PoolVerdict], None] = lambda verdict: None
     log: Callable[[str], None] = lambda text: None
+    saved: Callable[[Path], None] = lambda path: None
 
 
 def run_folder_of(output: str | Path) -> Path:
@@ -281,9 +290,18 @@ class _Run:
         self.pending: Pairs | None = None
         self.metrics_row: dict[str, float] = {}
         self.run_id, self.started_at = uuid.uuid4().hex, time.time()
-        saved = load_state(self.folder / "state.safetensors") if resume else None
+        settings = config.optimizer
+        self.portions = Portions(
+            config.rollout.candidates_per_call or config.rollout.candidates,
+            config.rollout.decode_batch,
+            min(settings.pairs_per_call or settings.pairs_per_update, settings.pairs_per_update),
+        )
+        self.checkpointing = config.model.gradient_checkpointing
+        self.stepping = False
+        saved = load_state(self.folder / "state.spo") if resume else None
         if saved is not None:
             _check_same_run(saved.facts["config"], config)
+            _check_same_checkpoint(saved.facts, host)
         else:
             check_output(config)
         start = starting_lora(config, host)
@@ -325,8 +343,8 @@ class _Run:
                     self._end_of_batch()
         except StopRequested:
             pass  # in the middle of a rollout, which is done again on resume
-        except SpoError:
-            if self._weights_are_finite():
+        except Exception:
+            if not self.stepping and self._weights_are_finite():
                 self._save_state()
             raise
         finally:
@@ -352,7 +370,14 @@ class _Run:
             if self.watcher.should_stop():
                 raise StopRequested
 
-        rolled = self.host.rollout(batch_prompts, seeds, rollout_settings(self.config), self.preference, watch)
+        def roll_out() -> Rollout:
+            self.host.decode_batch = self.portions.decodes
+            settings = dataclasses.replace(rollout_settings(self.config), candidates_per_call=self.portions.candidates)
+            return self.host.rollout(batch_prompts, seeds, settings, self.preference, watch)
+
+        rolled = retry_with_less(
+            roll_out, self.portions.halve_rollout, self.watcher.log, "lower prompts_per_batch, width or height"
+        )
         self.statistics = BatchStatistics(rollout=_pool_statistics(rolled.pools), images=len(batch_prompts))
         if rolled.pairs is not None:
             order = permutation(len(rolled.pairs), self.config.run.seed, "pairs", self.position.batch)
@@ -387,23 +412,20 @@ class _Run:
     def _update(self, pairs: Pairs, batch_prompts: Sequence[str]) -> None:
         """One optimizer update on these pairs, evaluated `pairs_per_call` at a time."""
         settings, statistics = self.config.optimizer, self.statistics
-        group = settings.pairs_per_update
-        chunk = min(settings.pairs_per_call or group, group)
         rate = learning_rate(self.config, self.position.step, self._fraction())
         for parameter_group in self.optimizer.param_groups:
             parameter_group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        groups = math.ceil(len(pairs) / group)
-        for begin in range(0, len(pairs), group):
-            members = min(group, len(pairs) - begin)
-            for first in range(begin, begin + members, chunk):
-                part = pairs.rows(torch.arange(first, min(first + chunk, begin + members), device=pairs.sigma.device))
-                result = pair_loss(self.host, self.adapter, part, batch_prompts, self.config)
-                self.scaler.scale(result.loss.sum() / (members * groups)).backward()
-                statistics.losses += result.loss.detach().tolist()
-                statistics.ratio_win += result.ratio_win.tolist()
-                statistics.ratio_lose += result.ratio_lose.tolist()
-                statistics.clamped += result.clamped.float().tolist()
+        results = retry_with_less(
+            lambda: self._gradient(pairs, batch_prompts),
+            self._lessen_training,
+            self.watcher.log,
+            "lower width, height or rank, or close other programs",
+        )
+        for result in results:
+            statistics.losses += result.loss.detach().tolist()
+            statistics.ratio_win += result.ratio_win.tolist()
+            statistics.ratio_lose += result.ratio_lose.tolist()
+            statistics.clamped += result.clamped.float().tolist()
         if not all(math.isfinite(loss) for loss in statistics.losses):
             raise self._not_finite("loss")
         self.scaler.unscale_(self.optimizer)
@@ -411,9 +433,33 @@ class _Run:
         statistics.gradient_norms.append(float(norm))
         if not math.isfinite(float(norm)) and not self.scaler.is_enabled():
             raise self._not_finite("gradient")
+        self.stepping = True
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.stepping = False
         statistics.pairs += len(pairs)
+
+    def _gradient(self, pairs: Pairs, batch_prompts: Sequence[str]) -> list[PairLoss]:
+        """The gradient of one update's pairs in the LoRA weights, from scratch; the loss of each call."""
+        size, results = self.config.optimizer.pairs_per_update, []
+        self.optimizer.zero_grad(set_to_none=True)
+        groups = math.ceil(len(pairs) / size)
+        for begin in range(0, len(pairs), size):
+            end = min(begin + size, len(pairs))
+            for first in range(begin, end, self.portions.pairs):
+                rows = torch.arange(first, min(first + self.portions.pairs, end), device=pairs.sigma.device)
+                result = pair_loss(self.host, self.adapter, pairs.rows(rows), batch_prompts, self.config)
+                self.scaler.scale(result.loss.sum() / ((end - begin) * groups)).backward()
+                results.append(result)
+        return results
+
+    def _lessen_training(self) -> str | None:
+        told = self.portions.halve_training()
+        if told is None and not self.checkpointing:
+            self.checkpointing = True
+            self.host.set_gradient_checkpointing(True)
+            return "gradient_checkpointing on"
+        return told
 
     def _end_of_batch(self) -> None:
         self._write_row()
@@ -436,7 +482,8 @@ class _Run:
         )
 
     def _weights_are_finite(self) -> bool:
-        return all(bool(torch.isfinite(value).all()) for value in self.adapter.tensors().values())
+        tensors = self.adapter.tensors().values()
+        return all(value.device.type != "meta" and bool(torch.isfinite(value).all()) for value in tensors)
 
     # ---- how far
 
@@ -463,6 +510,7 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsFile(self.folder / "metrics.csv", self.position.batch if resume else None)
         write_text(self.folder / "config.json", json.dumps(self.config.flat(), indent=2) + "\n")
+        write_text(self.folder / "prompts.json", json.dumps(self.prompts, indent=1, ensure_ascii=False) + "\n")
         self.board: Any = None
         with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
@@ -490,11 +538,13 @@ class _Run:
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "config": self.config.flat(),
+            "checkpoint_name": self.host.checkpoint_name,
+            "checkpoint_hash": self.host.checkpoint_hash,
             "run_id": self.run_id,
             "started_at": self.started_at,
             "prompts_seed": stable_seed(*self.prompts),
         }
-        save_state(self.folder / "state.safetensors", RunState(tensors, facts))
+        save_state(self.folder / "state.spo", RunState(tensors, facts))
 
     def _restore(self, saved: RunState) -> None:
         if saved.facts["prompts_seed"] != stable_seed(*self.prompts):
@@ -551,6 +601,7 @@ class _Run:
         write_lora(path, layers, lora_metadata(path.stem, facts), dtype=dtype, replace=ours or config.run.replace)
         if path == self.output:
             write_text(path.with_suffix(".spo.json"), json.dumps(config.flat(), indent=2) + "\n")
+        self.watcher.saved(path)
         return path
 
     def _sample(self) -> None:
@@ -614,7 +665,7 @@ def check_output(config: Config) -> None:
         raise SpoError(f'output is "{config.run.output}"; it must be the name of a .safetensors file.')
     folder = run_folder_of(output)
     if not config.run.replace:
-        for path in (output, folder / "state.safetensors"):
+        for path in (output, folder / "state.spo"):
             if path.exists():
                 raise SpoError(
                     f'"{path}" exists already; resume that run, choose another name, or allow to replace it.'
@@ -632,7 +683,7 @@ def _escaped(name: str) -> str:
 
 def _clear_run(folder: Path) -> None:
     """Remove an earlier run's own files, and nothing else, when it is to be replaced."""
-    for name in ("state.safetensors", "metrics.csv", "config.json", "curves.png"):
+    for name in ("state.spo", "metrics.csv", "config.json", "prompts.json", "curves.png"):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -648,6 +699,19 @@ def _check_same_run(saved: dict[str, Any], config: Config) -> None:
             raise SpoError(
                 f"The run was begun with {name} = {value}, not {now.get(name)}; resume with the same settings."
             )
+
+
+def _check_same_checkpoint(facts: dict[str, Any], host: Host) -> None:
+    """A LoRA belongs to its checkpoint: by the hash when both are known, else by the name."""
+    for key in ("checkpoint_hash", "checkpoint_name"):
+        begun, now = facts.get(key), getattr(host, key)
+        if begun and now:
+            if begun != now:
+                raise SpoError(
+                    f"The run was begun on {facts.get('checkpoint_name')}, not on {host.checkpoint_name}; "
+                    "load that checkpoint to go on."
+                )
+            return
 
 
 def _run_id_of(path: Path) -> str:

@@ -65,7 +65,7 @@ def test_trains_compares_and_inspects(files, tmp_path, capsys, checkpoint):
     assert "trains" in said
     assert str(output) in said
     run = output.with_suffix(".spo")
-    assert {path.name for path in run.iterdir()} >= {"config.json", "curves.png", "metrics.csv", "state.safetensors"}
+    assert {path.name for path in run.iterdir()} >= {"config.json", "curves.png", "metrics.csv", "state.spo"}
     Image.open(run / "curves.png").verify()
     assert json.loads(output.with_suffix(".spo.json").read_text())["steps"] == 6
     assert sorted(path.name for path in output.parent.glob("*-step*")) == [

@@ -286,3 +286,101 @@ def test_learning_rate_schedules():
     assert at(9, 0.25, schedule="linear") == 0.75
     assert at(9, 0.5, schedule="cosine") == pytest.approx(0.5)
     assert at(9, 1.0, schedule="cosine") == pytest.approx(0)
+
+
+class Cramped(TinyHost):
+    """Has memory for `room` latents in one evaluation of the network, and none more."""
+
+    def __init__(self, config, room):
+        super().__init__(config)
+        healthy = self.predict
+        self.largest = 0
+
+        def predict(x_vp, timesteps, conditioning):
+            self.largest = max(self.largest, len(x_vp))
+            if len(x_vp) > room:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return healthy(x_vp, timesteps, conditioning)
+
+        self.denoiser = dataclasses.replace(self.denoiser, predict=predict)
+
+
+def test_out_of_memory_halves_and_goes_on_to_the_same_lora(tmp_path):
+    changes = {
+        "candidates": 4,
+        "pairs_per_update": 8,
+        "steps": 3,
+        "prompts_per_batch": 2,
+        "guidance_scale": 1,
+        "threshold": 0.0,
+    }
+    changes["save_precision"] = "float32"
+    roomy, cramped = small(tmp_path / "roomy", **changes), small(tmp_path / "cramped", **changes)
+    train(TinyHost(roomy), roomy, PROMPTS, MeanOfChannel())
+    said = []
+    host = Cramped(cramped, room=1)
+    report = train(host, cramped, PROMPTS, MeanOfChannel(), Watcher(log=said.append))
+    assert report.finished
+    assert host.largest > 1
+    assert any("candidates_per_call 1" in line for line in said)
+    assert any("pairs_per_call 1" in line for line in said)
+    expected, found = weights_of(roomy.run.output), weights_of(cramped.run.output)
+    for name in expected:
+        torch.testing.assert_close(found[name].up, expected[name].up, rtol=1e-3, atol=1e-5)
+
+
+def test_out_of_memory_with_nothing_left_to_halve_says_what_to_lower(tmp_path):
+    config = small(tmp_path)
+    host = Cramped(config, room=0)
+    with pytest.raises(SpoError, match=r"Out of memory.*prompts_per_batch"):
+        train(host, config, PROMPTS, MeanOfChannel())
+    assert not hasattr(host.network, "peft_config")
+
+
+def test_gradient_checkpointing_is_the_last_resort(tmp_path):
+    config = small(tmp_path, pairs_per_update=1, guidance_scale=1, steps=2)
+    host = TinyHost(config)
+    healthy = host.predict
+
+    def predict(x_vp, timesteps, conditioning):
+        if torch.is_grad_enabled() and not host.checkpointing:
+            raise RuntimeError("CUDA out of memory")
+        return healthy(x_vp, timesteps, conditioning)
+
+    host.denoiser = dataclasses.replace(host.denoiser, predict=predict)
+    said = []
+    assert train(host, config, PROMPTS, MeanOfChannel(), Watcher(log=said.append)).finished
+    assert said == ["Out of memory: going on with gradient_checkpointing on."]
+
+
+def test_any_error_in_a_rollout_keeps_the_updates_before_it(tmp_path):
+    config, pools = small(tmp_path), []
+
+    def fails(scores):
+        pools.append(scores)
+        if len(pools) > 8:
+            raise KeyError("a fault in the preference model")
+        return scores
+
+    with pytest.raises(KeyError):
+        train(TinyHost(config), config, PROMPTS, MeanOfChannel(then=fails))
+    assert train(TinyHost(config), config, PROMPTS, MeanOfChannel(), resume=True).finished
+    whole = small(tmp_path / "whole")
+    train(TinyHost(whole), whole, PROMPTS, MeanOfChannel())
+    assert same_weights(weights_of(config.run.output), weights_of(whole.run.output))
+
+
+def test_resume_wants_the_same_checkpoint_and_the_run_keeps_its_prompts(tmp_path):
+    config = small(tmp_path)
+    train(TinyHost(config), config, PROMPTS, MeanOfChannel(), Watcher(should_stop=lambda: True))
+    assert json.loads((tmp_path / "taste.spo" / "prompts.json").read_text()) == PROMPTS
+    host = TinyHost(config)
+    host.checkpoint_name, host.checkpoint_hash = "other.safetensors", "9876543210"
+    with pytest.raises(SpoError, match=r"begun on tiny\.safetensors, not on other\.safetensors"):
+        train(host, config, PROMPTS, MeanOfChannel(), resume=True)
+
+
+def test_every_written_file_is_told(tmp_path):
+    config, told = small(tmp_path, steps=3, save_every=2), []
+    train(TinyHost(config), config, PROMPTS, MeanOfChannel(), Watcher(saved=lambda path: told.append(path.name)))
+    assert told == ["taste-step000002.safetensors", "taste.safetensors"]

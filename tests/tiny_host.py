@@ -40,6 +40,7 @@ class TinyHost:
         self.sigmas = ladder_of(config, self.alphas_cumprod)
         self.denoiser = GuidedDenoiser(self.predict, self.alphas_cumprod, self.prediction_type)
         self.evaluations = 0
+        self.decode_batch, self.checkpointing = config.rollout.decode_batch, False
         self.prepared: set[str] = set()
 
     def predict(self, x_vp: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -87,6 +88,9 @@ class TinyHost:
 
     def pictures(self, prompts, seeds):
         return [to_picture(latent[:3].tanh()) for latent in self.latents(prompts, seeds)]
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        self.checkpointing = on
 
 
 class MeanOfChannel:

@@ -64,7 +64,7 @@ def run_demo(folder: Path, steps: int = 0) -> int:
         raise SpoError(f'the folder "{folder}" cannot be made: {error.strerror}.') from error
     host = load_host(config)
     preference = load_preference(config, host)
-    state = run_folder_of(output) / "state.safetensors"
+    state = run_folder_of(output) / "state.spo"
     if not output.exists():
         print(f"Training a LoRA for the demo checkpoint: {config.optimizer.steps} updates, a few minutes on two cores.")
         with progress_bar() as watcher:
