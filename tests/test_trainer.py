@@ -310,11 +310,12 @@ def test_out_of_memory_halves_and_goes_on_to_the_same_lora(tmp_path):
         "candidates": 4,
         "pairs_per_update": 8,
         "steps": 3,
-        "prompts_per_batch": 2,
+        "prompts_per_batch": 1,
+        "sampling_steps": 8,
         "guidance_scale": 1,
         "threshold": 0.0,
+        "save_precision": "float32",
     }
-    changes["save_precision"] = "float32"
     roomy, cramped = small(tmp_path / "roomy", **changes), small(tmp_path / "cramped", **changes)
     train(TinyHost(roomy), roomy, PROMPTS, MeanOfChannel())
     said = []
