@@ -590,7 +590,7 @@ class _Run:
             epochs=config.optimizer.epochs,
             seed=config.run.seed,
             batch_size=config.optimizer.prompts_per_batch,
-            precision=str(next(self.host.network.parameters()).dtype).removeprefix("torch."),
+            precision=_precision_of(self.host.network),
             width_px=config.prompt.width,
             height_px=config.prompt.height,
             run_id=self.run_id,
@@ -743,6 +743,12 @@ def _scaler(host: Host) -> Any:
     if hasattr(torch.amp, "GradScaler"):
         return torch.amp.GradScaler(host.device.type, enabled=fp16)
     return torch.cuda.amp.GradScaler(enabled=fp16 and host.device.type == "cuda")  # torch before 2.3: on CUDA only
+
+
+def _precision_of(network: nn.Module) -> str:
+    """The network's, for the file's metadata; weights stored in float8 are computed with in float16."""
+    name = str(next(network.parameters()).dtype).removeprefix("torch.")
+    return "float16" if name.startswith("float8") else name
 
 
 def _pool_statistics(pools: Sequence[PoolScores]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The WebUI's loaded checkpoint as a `trainer.Host`. It is borrowed, never changed.
+"""The WebUI's loaded checkpoint as a `trainer.Host`. It is borrowed, never changed: use it inside `borrowed`.
 
 Pictures are sampled through the WebUI's own processing, so that prompt weights, prompt editing, styles, clip skip, the
 user's VAE, schedule types and LoRAs named in prompts work as in txt2img. Training runs the same network with gradients,
@@ -7,9 +7,11 @@ with the conditioning that the prompt had at the step a pair comes from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
 
 def architecture_of(model: Any) -> str:
     """Which of "sd15" and "sdxl" the loaded model is. Raises SpoError for what cannot be trained; touches nothing."""
-    from modules import lowvram, shared
+    from modules import lowvram, sd_unet, shared
 
+    if model is None:
+        raise SpoError("No checkpoint is loaded; choose one at the top of the page.")
     name = getattr(getattr(model, "sd_checkpoint_info", None), "title", "the loaded checkpoint")
     network = getattr(getattr(model, "model", None), "diffusion_model", None)
     if getattr(model, "is_sd3", False) or network is None:
@@ -45,6 +49,8 @@ def architecture_of(model: Any) -> str:
         raise SpoError(f"{name} is an SDXL refiner; load the base checkpoint.")
     if lowvram.is_enabled(model) or shared.cmd_opts.lowvram:
         raise SpoError("The WebUI runs with --lowvram or --medvram, which moves the network about; start it without.")
+    if sd_unet.current_unet is not None:
+        raise SpoError('Another SD Unet (TensorRT or the like) is in use; set "SD Unet" to None in the settings.')
     return "sdxl" if getattr(model, "is_sdxl", False) else "sd15"
 
 
@@ -113,29 +119,133 @@ def _denoise_group(inner: Any, x: Tensor, sigma: Tensor, told: Sequence[_Told], 
     return torch.stack(denoised)
 
 
+@contextmanager
+def borrowed(config: Config) -> Iterator[WebUIHost]:
+    """The loaded checkpoint as a host. Afterwards the active networks, the prompt history and the blocks are as before.
+
+    Raises SpoError for a checkpoint that cannot be trained, before anything is touched. Hold the WebUI's queue.
+    """
+    from modules import shared
+
+    host = WebUIHost(config)
+    networks = _active_networks()
+    history = shared.cmd_opts.no_prompt_history
+    shared.cmd_opts.no_prompt_history = True  # our sampling must not become the user's last prompt
+    try:
+        yield host
+    finally:
+        shared.cmd_opts.no_prompt_history = history
+        host.set_gradient_checkpointing(False)
+        for put_back in networks:
+            put_back()
+        host.mend()
+
+
+def _active_networks() -> list[Callable[[], None]]:
+    """What makes the hypernetworks and LoRAs of now active again, at their multipliers; weights follow when used."""
+    from modules import shared
+
+    def keeper(active: list[Any]) -> Callable[[], None]:
+        noted = [(network, dict(vars(network))) for network in active]
+
+        def put_back() -> None:
+            active[:] = [network for network, _ in noted]
+            for network, values in noted:
+                vars(network).update(
+                    {key: value for key, value in values.items() if "multiplier" in key or key == "dyn_dim"}
+                )
+
+        return put_back
+
+    lora = sys.modules.get("networks")  # of the built-in Lora extension
+    return [keeper(active) for active in (shared.loaded_hypernetworks, getattr(lora, "loaded_networks", []))]
+
+
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from torch.utils.checkpoint import checkpoint
+
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def _networks_named(prompt: str) -> str:
+    """The extra networks of a prompt, as a text to compare."""
+    from modules import extra_networks
+
+    found = extra_networks.parse_prompt(prompt)[1]
+    return " ".join(f"<{kind}:{':'.join(one.items)}>" for kind in sorted(found) for one in found[kind])
+
+
 class WebUIHost:
     """A `trainer.Host` over `shared.sd_model`. See there for the methods."""
 
     naming = "ldm"
 
     def __init__(self, config: Config) -> None:
-        from modules import shared
+        from modules import sd_models, shared
 
-        self.model = shared.sd_model
+        self.model = sd_models.model_data.get_sd_model()
         self.config = config
         self.architecture = architecture_of(self.model)
         self.prediction_type = "v_prediction" if self.model.parameterization == "v" else "epsilon"
         self.network = self.model.model.diffusion_model
         self.device = shared.device
-        info = self.model.sd_checkpoint_info
-        self.checkpoint_name, self.checkpoint_hash = info.name_for_extra, info.shorthash or ""
+        self.info = self.model.sd_checkpoint_info
+        self.checkpoint_name, self.checkpoint_hash = self.info.name_for_extra, self.info.shorthash or ""
+        self.decode_batch = config.rollout.decode_batch
+        self._place = next(self.network.parameters()).device
         self._conditions: dict[str, Any] = {}
+        if config.model.gradient_checkpointing:
+            self.set_gradient_checkpointing(True)
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Recompute the transformer and residual blocks in the backward pass, or not; leaves no trace when off."""
+        for block in self.network.modules():
+            if type(block).__name__ in ("BasicTransformerBlock", "ResBlock"):
+                block.__dict__.pop("forward", None)
+                if on:
+                    block.forward = partial(_checkpointed, block.forward)
+
+    def check(self) -> None:
+        """SpoError when the checkpoint was switched or moved since training began."""
+        from modules import sd_models
+
+        switched = sd_models.model_data.sd_model is not self.model or self.model.sd_checkpoint_info is not self.info
+        if switched or next(self.network.parameters()).device != self._place:
+            raise SpoError(
+                f"{self.checkpoint_name} was {'switched' if switched else 'unloaded'} while it was being trained, so "
+                "the run has ended. Load it again and press Resume to go on from the last saved state."
+            )
+
+    def mend(self) -> None:
+        """Load a checkpoint once more that was put in the place of ours while our adapters were in its modules."""
+        from modules import sd_models
+
+        if sd_models.model_data.sd_model is self.model and self.model.sd_checkpoint_info is not self.info:
+            sd_models.reload_model_weights(self.model, info=self.model.sd_checkpoint_info, forced_reload=True)
 
     # ---- prompts
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Nothing to do: the WebUI encodes when it samples, and `denoise` keeps what it needs."""
+        """Make the networks active that the prompts name. The WebUI encodes when it samples.
+
+        Raises SpoError when prompts name different networks, since the WebUI's batches use those of the first.
+        """
+        from modules import extra_networks
+
         self._conditions.clear()
+        named = {_networks_named(prompt): prompt for prompt in prompts}
+        if len(named) > 1:
+            first, second = list(named.values())[:2]
+            raise SpoError(
+                f'All training prompts must name the same LoRAs; "{first}" and "{second}" differ. '
+                "Give them the same ones, or train without."
+            )
+        p = self._processing(prompts[:1], [0])
+        p.all_prompts = list(prompts[:1])
+        with torch.no_grad(), self._autocast():
+            extra_networks.activate(p, extra_networks.parse_prompts(list(prompts[:1]))[1])
 
     def _schedules(self, prompt: str) -> tuple[Any, Any]:
         """(positive, negative) of one prompt with all its steps, as the WebUI's processing makes them."""
@@ -172,15 +282,34 @@ class WebUIHost:
         watch: Callable[[PoolVerdict], None] | None,
     ) -> Rollout:
         """Through the WebUI's processing and its CFG denoiser; see `trainer.Host`."""
-        task = sampler.RolloutTask(settings, preference, list(prompts), SeededDraws(seeds), self.decode, watch)
-        with sampler.task_for_sampler(task):
-            self._process(prompts, seeds)
-        if task.rollout is None:
-            raise StopRequested
-        return task.rollout
+        from modules import processing, shared
 
-    def _process(self, prompts: Sequence[str], seeds: Sequence[int]) -> None:
-        """Run the WebUI's txt2img for these prompts, up to the latents: nothing is decoded, nothing is saved."""
+        def seen(verdict: PoolVerdict) -> None:
+            self.check()
+            if watch is not None:
+                watch(verdict)
+
+        while True:
+            self.check()
+            task = sampler.RolloutTask(settings, preference, list(prompts), SeededDraws(seeds), self.decode, seen)
+            p = self._processing(prompts, seeds)
+            try:
+                with sampler.task_for_sampler(task):
+                    processing.process_images(p)
+            except Exception:
+                self.check()  # a switched checkpoint fails in many ways; say what it was
+                raise
+            finally:
+                p.close()
+            self.check()
+            if task.rollout is not None:
+                return task.rollout
+            if not shared.state.skipped:
+                raise StopRequested
+            shared.state.skipped = False  # the WebUI's Skip button means pictures, not training
+
+    def _processing(self, prompts: Sequence[str], seeds: Sequence[int]) -> Any:
+        """The WebUI's txt2img for these prompts, up to the latents: nothing is decoded, nothing is saved."""
         from modules import processing
 
         class UpToLatents(processing.StableDiffusionProcessingTxt2Img):
@@ -190,6 +319,9 @@ class WebUIHost:
                 done = processing.DecodedSamples()
                 done.extend([torch.zeros(3, 8, 8)] * len(self.prompts))
                 return done
+
+            def get_token_merging_ratio(self, for_hr: bool = False) -> float:
+                return 0.0  # the training step does not merge either
 
         draws, prompt = SeededDraws(seeds), self.config.prompt
         p = UpToLatents(
@@ -204,21 +336,19 @@ class WebUIHost:
             width=prompt.width,
             height=prompt.height,
             sampler_name=sampler.NAME,
+            scheduler="Automatic",  # its ladder gives way to ours
             do_not_save_samples=True,
             do_not_save_grid=True,
         )
         p.sampler_noise_scheduler_override = lambda steps: self.ladder()
-        try:
-            processing.process_images(p)
-        finally:
-            p.close()
+        return p
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """[N, 4, h, w] latents -> [N, 3, 8 h, 8 w] pictures in [-1, 1], float32, by the user's VAE and method."""
         from modules import sd_samplers_common
 
-        parts = latents.split(self.config.rollout.decode_batch)
+        parts = latents.split(self.decode_batch)
         pixels = [sd_samplers_common.decode_first_stage(self.model, part).float() for part in parts]
         return torch.cat(pixels).clamp(-1, 1)
 
@@ -226,6 +356,7 @@ class WebUIHost:
 
     def denoise(self, x: Tensor, sigma: Tensor, prompts: Sequence[str], step: Tensor) -> Tensor:
         """Denoised latents with gradient, each with the conditioning its prompt had at its step; see `trainer.Host`."""
+        self.check()
         guidance = self.config.rollout.guidance_scale if self.config.loss.train_guidance else 1.0
         told = [self._told(prompt, at) for prompt, at in zip(prompts, step.tolist(), strict=True)]
         inner = self._inner_model()
@@ -233,7 +364,8 @@ class WebUIHost:
             groups = [list(range(len(told)))]
         else:  # prompts of different lengths cannot share a call
             groups = [[n] for n in range(len(told))]
-        parts = [_denoise_group(inner, x[rows], sigma[rows], [told[n] for n in rows], guidance) for rows in groups]
+        with self._autocast():
+            parts = [_denoise_group(inner, x[rows], sigma[rows], [told[n] for n in rows], guidance) for rows in groups]
         return torch.cat(parts).float()
 
     def _told(self, prompt: str, step: int) -> _Told:
