@@ -13,7 +13,7 @@ import json
 import math
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -701,7 +701,7 @@ def _check_same_run(saved: dict[str, Any], config: Config) -> None:
             )
 
 
-def _check_same_checkpoint(facts: dict[str, Any], host: Host) -> None:
+def _check_same_checkpoint(facts: Mapping[str, Any], host: Host) -> None:
     """A LoRA belongs to its checkpoint: by the hash when both are known, else by the name."""
     for key in ("checkpoint_hash", "checkpoint_name"):
         begun, now = facts.get(key), getattr(host, key)

@@ -13,25 +13,13 @@ from spo.comparison import Samples, adapter_from_file, samples
 from spo.config import Config, build_config
 from spo.demo.judge import HERE, Judge, Judgement, held_out, taste_win_rate
 from spo.errors import SpoError
+from spo.presets import preset
 from spo.prompts import read_prompts
 
 CHECKPOINT = HERE / "demo.safetensors"
 
 # chosen from the curve of taste and kept subjects against training in docs/demo.md
-SETTINGS: dict[str, Any] = {
-    "width": 64,
-    "height": 64,
-    "rank": 8,
-    "learning_rate": 3e-4,
-    "threshold": 0.1,
-    "prompts_per_batch": 10,
-    "pairs_per_update": 20,
-    "steps": 110,
-    "save_every": 40,
-    "sample_every": 40,
-    "precision": "float32",
-    "device": "cpu",
-}
+SETTINGS: dict[str, Any] = {**preset("demo").values, "precision": "float32", "device": "cpu"}
 
 
 def demo_config(folder: Path, changes: Mapping[str, Any] | None = None) -> Config:

@@ -195,6 +195,8 @@ class WebUIHost:
         self.checkpoint_name, self.checkpoint_hash = self.info.name_for_extra, self.info.shorthash or ""
         self.decode_batch = config.rollout.decode_batch
         self._place = next(self.network.parameters()).device
+        self.prompts: list[str] = []
+        self.last_prompts: list[str] = []
         self._conditions: dict[str, Any] = {}
         if config.model.gradient_checkpointing:
             self.set_gradient_checkpointing(True)
@@ -235,6 +237,7 @@ class WebUIHost:
         from modules import extra_networks
 
         self._conditions.clear()
+        self.prompts = list(prompts)
         named = {_networks_named(prompt): prompt for prompt in prompts}
         if len(named) > 1:
             first, second = list(named.values())[:2]
@@ -289,6 +292,7 @@ class WebUIHost:
             if watch is not None:
                 watch(verdict)
 
+        self.last_prompts = list(prompts)
         while True:
             self.check()
             task = sampler.RolloutTask(settings, preference, list(prompts), SeededDraws(seeds), self.decode, seen)

@@ -1,0 +1,89 @@
+"""Where things lie in the WebUI's folders: LoRAs and runs, preference models, the bundled prompts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path, PurePosixPath
+
+from spo.errors import SpoError
+from spo.trainer import run_folder_of
+
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
+_FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f\x7f,]')
+BUNDLED_PROMPTS = Path(__file__).parents[1] / "demo" / "prompts.txt"
+
+
+def lora_folder() -> Path:
+    """The WebUI's LoRA folder."""
+    from modules import shared
+
+    return Path(shared.cmd_opts.lora_dir).absolute()
+
+
+def preference_folder() -> Path:
+    """Where preference models are looked for: models/SPO."""
+    from modules import paths_internal
+
+    return Path(paths_internal.models_path).absolute() / "SPO"
+
+
+def lora_path(name: str) -> Path:
+    """The file of a LoRA's name, which may begin with a folder in the LoRA folder ("mine/vivid").
+
+    Raises SpoError for a name that leaves the LoRA folder, or that prompts or file systems do not take.
+    """
+    text = name.strip().removesuffix(".safetensors")
+    rule = 'give a name such as "my-style", in which / may stand for folders in the LoRA folder'
+    parts = text.split("/")
+    if not text or len(text) > 150 or _FORBIDDEN.search(text) or PurePosixPath(text).is_absolute():
+        raise SpoError(f'LoRA name "{name[:80]}" cannot be used; {rule}.')
+    for part in parts:
+        bad = not part or part != part.strip() or part.startswith(".") or part.endswith(".")
+        if bad or part.split(".")[0].lower() in _RESERVED:
+            raise SpoError(f'LoRA name "{name[:80]}" cannot be used because of "{part}"; {rule}.')
+    folder = lora_folder().resolve()
+    path = folder.joinpath(*parts[:-1], f"{parts[-1]}.safetensors")
+    if not path.parent.resolve().is_relative_to(folder):
+        raise SpoError(f'LoRA name "{name[:80]}" leads out of the LoRA folder; {rule}.')
+    return path
+
+
+def lora_name(path: Path) -> str:
+    """The inverse of `lora_path`."""
+    folder = lora_folder().resolve()
+    path = path.resolve().with_suffix("")
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+
+
+def free_name(wanted: str) -> str:
+    """`wanted`, or the first of wanted-2, wanted-3 ... without a LoRA or a run."""
+    for number in range(1, 1000):
+        name = wanted if number == 1 else f"{wanted}-{number}"
+        path = lora_path(name)
+        if not path.exists() and not run_folder_of(path).exists():
+            return name
+    raise SpoError(f'there are a thousand LoRAs called "{wanted}" already; choose another name.')
+
+
+def run_names() -> list[str]:
+    """LoRA names that have a run folder, newest first."""
+    folder = lora_folder()
+    states = [path for path in folder.rglob("*.spo/config.json") if path.parent.is_dir()]
+    states.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    return [lora_name(path.parent) for path in states]
+
+
+def preference_choices() -> list[str]:
+    """Names of preference models: "demo", then the files in models/SPO."""
+    found = [
+        path.relative_to(preference_folder()).as_posix()
+        for ending in ("*.safetensors", "*.bin")
+        for path in preference_folder().rglob(ending)
+    ]
+    return ["demo", *sorted(found)]
+
+
+def preference_path(name: str) -> str:
+    """What `preference.load` takes for a name of `preference_choices`; paths and "demo" pass through."""
+    inside = preference_folder() / name
+    return str(inside) if name and name != "demo" and inside.exists() else name

@@ -1,0 +1,181 @@
+"""One piece of work at a time on the loaded checkpoint, in a thread of its own, in the WebUI's queue.
+
+The page and the API only start, watch and stop it: closing the browser changes nothing, and another page that is
+opened shows the same work.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spo.errors import SpoError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LIVE = ("waiting", "loading", "working", "stopping")
+
+
+class Abandoned(Exception):  # noqa: N818 - not an error
+    """Raised inside a run that is to end at once, without saving."""
+
+
+@dataclass(frozen=True)
+class PoolPictures:
+    """One image's pool as small pictures, with scores; win, lose and parent are positions; kept: used as a pair."""
+
+    pictures: list[Image]
+    scores: list[float]
+    win: int
+    lose: int
+    parent: int
+    kept: bool
+    step: int
+    timestep: int
+    prompt: str
+
+
+@dataclass
+class Job:
+    """What is known of one piece of work, for pages and the API.
+
+    phase      waiting (in the queue), loading, working, stopping; then finished, stopped or failed
+    kind       "training" or "comparison"; name: the LoRA's or the grid's
+    fraction   0 ... 1; eta_s None until known
+    message    one sentence for the user; log: what happened on the way
+    rows       of metrics so far; pool: the last one shown; picture: newest sample grid or the comparison's
+    """
+
+    kind: str
+    name: str
+    task: str
+    phase: str = "waiting"
+    message: str = "Waiting for the WebUI's queue."
+    fraction: float = 0.0
+    eta_s: float | None = None
+    step: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)
+    pool: PoolPictures | None = None
+    picture: Path | None = None
+    output: Path | None = None
+    table: str = ""
+    log: deque[str] = field(default_factory=lambda: deque(maxlen=200))
+    version: int = 0
+    looked_at_s: float = 0.0
+    stop_wanted: str = ""
+    sample_wanted: bool = False
+
+    @property
+    def live(self) -> bool:
+        return self.phase in LIVE
+
+    def say(self, text: str) -> None:
+        """Put a line into the log and make it the message."""
+        self.log.append(f"{time.strftime('%H:%M:%S')} {text}")
+        self.message = text
+        self.version += 1
+
+    def asked_to_stop(self) -> bool:
+        """Whether to save and end now. Raises Abandoned when it shall end without saving."""
+        from modules import shared
+
+        if self.stop_wanted == "now":
+            raise Abandoned
+        return bool(self.stop_wanted) or shared.state.interrupted or shared.state.stopping_generation
+
+    def take_sample_wish(self) -> bool:
+        """Whether pictures are wanted, once for each wish."""
+        wanted, self.sample_wanted = self.sample_wanted, False
+        return wanted
+
+
+_lock = threading.Lock()
+_current: Job | None = None
+_thread: threading.Thread | None = None
+
+
+def current() -> Job | None:
+    """The work that is going on, or the last one."""
+    return _current
+
+
+def start(kind: str, name: str, work: Callable[[Job], None]) -> Job:
+    """Begin `work` in the WebUI's queue and return at once. Raises SpoError while other work of ours goes on.
+
+    work  ends by returning (phase "finished" unless it set another), by SpoError or by any other exception
+    """
+    global _current, _thread
+    from modules import progress
+
+    with _lock:
+        if _thread is not None and _thread.is_alive():
+            assert _current is not None
+            raise BusyError(f'"{_current.name}" is still going on; stop it or wait for its end.')
+        job = Job(kind, name, progress.create_task_id("spo"))
+        progress.add_task_to_queue(job.task)
+        _current = job
+        _thread = threading.Thread(target=_run, args=(job, work), name=f"spo {kind}", daemon=True)
+        _thread.start()
+    return job
+
+
+class BusyError(SpoError):
+    """Work is going on already."""
+
+
+def stop(how: str) -> None:
+    """End the current work: "save" after what it is doing, with everything saved; "now" without."""
+    if how not in ("save", "now"):
+        raise SpoError(f'stop is "{how}"; accepted are save and now.')
+    job = _current
+    if job is None or not job.live:
+        raise SpoError("Nothing is going on that could be stopped.")
+    job.stop_wanted = how
+    job.phase = "stopping" if job.phase != "waiting" else job.phase
+    job.say("Stopping, with the state saved ..." if how == "save" else "Stopping at once ...")
+
+
+def end(timeout_s: float = 120.0) -> None:
+    """Stop the current work, with its state saved, and wait for its thread: for Reload UI."""
+    thread, job = _thread, _current
+    if thread is not None and thread.is_alive() and job is not None:
+        job.stop_wanted = job.stop_wanted or "save"
+        thread.join(timeout_s)
+
+
+def _run(job: Job, work: Callable[[Job], None]) -> None:
+    from modules import call_queue, devices, errors, progress, shared
+
+    with call_queue.queue_lock:
+        shared.state.begin(job=job.task)
+        progress.start_task(job.task)
+        try:
+            if job.stop_wanted:
+                raise Abandoned
+            job.phase = "loading"
+            work(job)
+            if job.live:
+                job.phase = "finished"
+        except SpoError as error:
+            job.phase = "failed"
+            job.say(str(error))
+        except Abandoned:
+            job.phase = "stopped"
+            job.say("Stopped. What was saved before is still there.")
+        except BaseException as error:  # the WebUI's InterruptedException is not an Exception
+            job.phase = "failed"
+            job.say(f"{type(error).__name__}: {error}. The details are in the WebUI's console.")
+            errors.report(f"SPO: {job.kind} of {job.name} failed", exc_info=True)
+        finally:
+            progress.finish_task(job.task)
+            shared.state.end()
+            shared.state.interrupted = shared.state.skipped = shared.state.stopping_generation = False
+            shared.state.textinfo = None
+            devices.torch_gc()
+            job.version += 1
