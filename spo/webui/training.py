@@ -13,7 +13,7 @@ from spo.errors import SpoError
 from spo.prompts import read_prompts
 from spo.rollout import PoolVerdict
 from spo.trainer import Progress, TrainingReport, Watcher, check_output, run_folder_of, stages, train
-from spo.webui import cards, folders
+from spo.webui import cards, folders, runs
 from spo.webui.host import architecture_of, borrowed
 from spo.webui.job import Job, PoolPictures, start
 
@@ -174,7 +174,7 @@ def _watcher(job: Job, host: WebUIHost, preference: PreferenceModel) -> Watcher:
 
     shown = _PoolShown(job, host, preference)
     folder = run_folder_of(host.config.run.output)
-    job.rows.extend(_rows(folder))
+    job.rows.extend(runs.metrics(folder))
 
     def progress(now: Progress) -> None:
         job.fraction, job.eta_s, job.step = now.fraction, now.eta_s, now.step
@@ -193,17 +193,6 @@ def _watcher(job: Job, host: WebUIHost, preference: PreferenceModel) -> Watcher:
         log=job.say,
         saved=lambda path: _saved(job, host, path),
     )
-
-
-def _rows(folder: Path) -> list[dict[str, float]]:
-    """The metrics of a run so far."""
-    import csv
-
-    path = folder / "metrics.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def _show_in_bar(job: Job, state: Any) -> None:

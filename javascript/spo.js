@@ -1,0 +1,88 @@
+"use strict";
+
+// The SPO tab's page side: follow the work that is going on, send a LoRA to txt2img. Everything else is the server's.
+(function() {
+    const REFRESH_MS = 1500;
+    let following = null;
+    let lastRefresh = 0;
+
+    function find(id) {
+        return gradioApp().getElementById(id);
+    }
+
+    function status() {
+        return gradioApp().querySelector("#spo_status .spo-status");
+    }
+
+    function visible() {
+        const tab = find("tab_spo");
+        return Boolean(tab) && tab.offsetParent !== null && !document.hidden;
+    }
+
+    function refresh(force) {
+        const button = find("spo_refresh");
+        const now = Date.now();
+        if (button && (force || (visible() && now - lastRefresh >= REFRESH_MS))) {
+            lastRefresh = now;
+            button.click();
+        }
+    }
+
+    function follow() {
+        const shown = status();
+        if (!shown || shown.dataset.live !== "1" || following === shown.dataset.task) return;
+        const container = find("spo_progress");
+        if (!container) return;
+        const task = shown.dataset.task;
+        following = task;
+        requestProgress(task, container, null, function() {
+            setTimeout(function() {
+                following = null;
+                refresh(true);
+            }, 500);
+        }, function() {
+            refresh(false);
+        });
+    }
+
+    function sendToTxt2img() {
+        const shown = status();
+        const box = gradioApp().querySelector("#txt2img_prompt textarea");
+        const name = shown ? shown.dataset.lora : "";
+        if (!name || !box) return;
+        const tag = "<lora:" + name + ":1>";
+        if (!box.value.includes("<lora:" + name + ":")) {
+            box.value = (box.value.trim() + " " + tag).trim();
+            updateInput(box);
+        }
+        switch_to_txt2img();
+    }
+
+    function switchTo(number) {
+        const tabs = gradioApp().querySelectorAll("#spo_tabs > .tab-nav button");
+        if (tabs[number]) tabs[number].click();
+    }
+
+    window.spo_send_to_txt2img = sendToTxt2img;
+    window.spo_switch_to = switchTo;
+    window.spo_follow = function() {
+        refresh(true);
+        switchTo(0);
+    };
+    window.spo_confirm_delete = function(name, all) {
+        return confirm(all ? "Delete the run and its LoRA files?" : "Delete the run? Its LoRA files stay.") ? [name, all] : ["", all];
+    };
+
+    onUiLoaded(function() {
+        setTimeout(function() {
+            const hello = find("spo_hello");
+            if (hello) hello.click();
+        }, 300);
+        gradioApp().querySelector("#tabs").addEventListener("click", function() {
+            setTimeout(function() {
+                refresh(false);
+            }, 100);
+        });
+    });
+    onAfterUiUpdate(follow);
+})();

@@ -1,0 +1,56 @@
+"""Settings that the user saved by name, and those of earlier runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spo.config import read_config_file, settings
+from spo.errors import SpoError
+from spo.files import exists_already, write_text
+from spo.webui import folders
+from spo.webui.training import HOST_OWNED
+
+_RUN = "run: "
+
+
+def _folder() -> Path:
+    return folders.preference_folder() / "settings"
+
+
+def names() -> list[str]:
+    """Saved ones, then "run: NAME" of every run."""
+    saved = sorted(path.stem for path in _folder().glob("*.json"))
+    return [*saved, *(f"{_RUN}{name}" for name in folders.run_names())]
+
+
+def save(name: str, values: Mapping[str, Any]) -> Path:
+    """Write models/SPO/settings/NAME.json. Raises SpoError for a bad name, or one that is taken."""
+    text = (name or "").strip()
+    if not text or not all(letter.isalnum() or letter in " _-." for letter in text) or text.startswith("."):
+        raise SpoError(f'settings name "{text[:80]}" cannot be used; give letters, digits, spaces, - and _.')
+    path = _folder() / f"{text}.json"
+    if path.exists():
+        raise exists_already(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(dict(values), indent=2) + "\n")
+    return path
+
+
+def load(name: str) -> dict[str, Any]:
+    """The settings of a name of `names()`, without those that the WebUI owns. Raises SpoError."""
+    if name not in names():
+        raise SpoError(f'there are no settings called "{name}".')
+    if name.startswith(_RUN):
+        from spo.trainer import run_folder_of
+
+        path = run_folder_of(folders.lora_path(name.removeprefix(_RUN))) / "config.json"
+    else:
+        path = _folder() / f"{name}.json"
+    values = read_config_file(path)
+    preference = str(values.get("preference", ""))
+    if preference and Path(preference).is_relative_to(folders.preference_folder()):
+        values["preference"] = Path(preference).relative_to(folders.preference_folder()).as_posix()
+    return {key: value for key, value in values.items() if key in settings() and key not in {*HOST_OWNED, "replace"}}
