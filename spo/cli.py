@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     demo = command("demo", _demo, "Train on the small checkpoint that comes with the project, and judge the result.")
     demo.add_argument("--folder", type=Path, default=Path("demo_run"), help="where everything goes (default: demo_run)")
     demo.add_argument("--steps", type=int, default=0, help="optimizer updates (default: the demo's own)")
+    demo.add_argument(
+        "--install", type=Path, metavar="WEBUI", help="only put the demo checkpoint into the WebUI in this folder"
+    )
+    demo.add_argument(
+        "--ckpt-dir", type=Path, metavar="DIR", help="with --install: the WebUI's --ckpt-dir, when it has one"
+    )
     return parser
 
 
@@ -228,6 +234,13 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    if options.install:
+        from spo.demo.install import install_demo, models_folder
+
+        print(install_demo(models_folder(options.install), options.ckpt_dir).text())
+        return 0
+    if options.ckpt_dir:
+        raise SpoError("--ckpt-dir goes with --install.")
     from spo.demo.run import run_demo
 
     return run_demo(options.folder, options.steps)
