@@ -82,17 +82,23 @@ def _field(setting: Setting) -> Any:
         return gr.Dropdown(list(setting.choices), value=value, **common)
     if setting.kind in (int, float):
         return gr.Number(value=value, precision=0 if setting.kind is int else None, **common)
-    return gr.Textbox(value=value, **common)
+    return gr.Textbox(value=value, lines=3 if setting.name.endswith("prompts") else 1, **common)
 
 
 def shown_value(setting: Setting, value: Any) -> Any:
-    """As a field shows it: lists by commas."""
-    return ", ".join(value) if setting.kind is list else value
+    """As a field shows it: lists by commas, prompts by lines."""
+    return _separator(setting).join(value) if setting.kind is list else value
+
+
+def _separator(setting: Setting) -> str:
+    return "\n" if setting.name.endswith("prompts") else ", "
 
 
 def preset_values(name: str) -> list[Any]:
-    """What the fields show under a preset, in the order of `names`. SpoError for an unknown one."""
-    return shown_values(preset(name).values)
+    """What the fields show under a preset, in the order of `names`; what is no matter of presets stays as it is."""
+    kept = {"negative_prompt", "sample_prompts", *(() if name == "demo" else ("preference",))}
+    values = {"preference": "demo", **preset(name).values}
+    return [gr.update() if n in kept else v for n, v in zip(names(), shown_values(values), strict=True)]
 
 
 def shown_values(values: Mapping[str, Any]) -> list[Any]:
@@ -107,7 +113,8 @@ def read(values: Sequence[Any]) -> dict[str, Any]:
     for name, value in zip(names(), values, strict=True):
         setting = settings()[name]
         if setting.kind is list:
-            read[name] = [part.strip() for part in str(value or "").split(",") if part.strip()]
+            parts = str(value or "").split(_separator(setting).strip(" "))
+            read[name] = [part.strip() for part in parts if part.strip()]
         elif value is None and setting.kind in (int, float):
             raise SpoError(f"{label(name)} is empty; give a number (usually {setting.default:g}).")
         else:

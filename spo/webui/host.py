@@ -217,7 +217,7 @@ class WebUIHost:
         if switched or next(self.network.parameters()).device != self._place:
             raise SpoError(
                 f"{self.checkpoint_name} was {'switched' if switched else 'unloaded'} while it was being trained, so "
-                "the run has ended. Load it again and press Resume to go on from the last saved state."
+                "the run has ended. Load it again and resume, to go on from the last saved state."
             )
 
     def mend(self) -> None:

@@ -62,18 +62,28 @@ def curves(rows: Sequence[Mapping[str, float]]) -> str:
 
     charts = [
         chart("Preference score", steps, {"mean": series("preference_mean")}),
-        chart("Kept pairs, share", steps, {"kept": series("kept_share")}),
+        chart("Kept pairs, share", steps, {"kept": series("kept_share")}, low=0.0, high=1.0),
         chart("Density ratios", steps, {"best": series("ratio_win"), "worst": series("ratio_lose")}),
     ]
     return f'<div class="spo-curves">{"".join(charts)}</div>'
 
 
-def chart(title: str, xs: Sequence[float], lines: Mapping[str, Sequence[float]]) -> str:
-    """One line chart as SVG, in the text's colour, so that it suits every theme. Values that are NaN are left out."""
+def chart(
+    title: str,
+    xs: Sequence[float],
+    lines: Mapping[str, Sequence[float]],
+    low: float | None = None,
+    high: float | None = None,
+) -> str:
+    """One line chart as SVG, in the text's colour, so that it suits every theme. Values that are NaN are left out.
+
+    low, high  ends of the vertical axis; None: those of the values
+    """
     width, height = _CHART_PX
     left, top, right, bottom = _MARGIN_PX
     values = [value for line in lines.values() for value in line if math.isfinite(value)]
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    low = (min(values) if values else 0.0) if low is None else low
+    high = (max(values) if values else 1.0) if high is None else high
     low, high = (low - 0.5, high + 0.5) if high - low < 1e-9 else (low, high)
     first, last = (min(xs), max(xs)) if xs else (0.0, 1.0)
     last = last if last > first else first + 1
@@ -100,8 +110,8 @@ def chart(title: str, xs: Sequence[float], lines: Mapping[str, Sequence[float]])
         f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{html.escape(title)} from {low:.3g} to {high:.3g}">'
         f'<path class="spo-axis" d="M{left},{top} V{base} H{width - right}"/>'
-        f'<text x="{left - 4}" y="{top + 4}" text-anchor="end">{high:.3g}</text>'
-        f'<text x="{left - 4}" y="{base}" text-anchor="end">{low:.3g}</text>'
+        f'<text x="{left - 4}" y="{top + 4}" text-anchor="end">{high:.4g}</text>'
+        f'<text x="{left - 4}" y="{base}" text-anchor="end">{low:.4g}</text>'
         f'<text x="{left}" y="{height - 6}">{first:g}</text>'
         f'<text x="{width - right}" y="{height - 6}" text-anchor="end">update {last:g}</text>'
         f"{''.join(drawn)}</svg></figure>"

@@ -51,10 +51,8 @@ def _train_tab() -> None:
                 _refresh_button(preference, folders.preference_choices, "spo_preference_refresh")
             prompts = gr.Textbox(label="Prompts, one a line", lines=6, max_lines=14, elem_id="spo_prompts")
             with gr.Row():
-                file = gr.File(
-                    label="Prompts from a file (.txt, .json, .jsonl, .csv)", elem_id="spo_prompt_file", height=80
-                )
-                bundled = gr.Button("Use the bundled list", elem_id="spo_bundled")
+                file = gr.UploadButton("From a file (.txt, .json, .jsonl, .csv)", size="sm", elem_id="spo_prompt_file")
+                bundled = gr.Button("The bundled list", size="sm", elem_id="spo_bundled")
             with gr.Row():
                 negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="spo_negative_prompt")
                 styles = gr.Dropdown(_styles(), label="Styles", multiselect=True, elem_id="spo_styles")
@@ -97,7 +95,7 @@ def _train_tab() -> None:
     chosen.change(
         lambda text: [_about(by_label[text]), *form.preset_values(by_label[text])], [chosen], [about, *values]
     )
-    file.change(_prompts_of_file, [file], [prompts, plan])
+    file.upload(_prompts_of_file, [file], [prompts, plan])
     bundled.click(lambda: folders.BUNDLED_PROMPTS.read_text(encoding="utf-8"), [], [prompts])
     check.click(_shown(lambda *given: page.note(plan_text(_request(given)))), asked, [plan])
     start.click(_start, asked, [plan, status])
@@ -237,10 +235,10 @@ def _install_demo() -> str:
 
 
 def _missing() -> str:
-    from spo.requirements_check import missing
+    from spo.requirements_check import missing, missing_text
 
     found = missing()
-    return page.error(" ".join(one.sentence for one in found)) if found else ""
+    return page.error(missing_text(found)) if found else ""
 
 
 def _refresh_button(field: Any, choices: Callable[[], list[str]], elem_id: str) -> None:

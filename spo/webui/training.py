@@ -152,7 +152,7 @@ def _tell_end(job: Job, config: Config, report: TrainingReport) -> None:
             threshold = config.rollout.threshold
             job.say(f"No pair was kept, so there is no LoRA: lower threshold (now {threshold:g}) or use more prompts.")
         else:
-            job.say("Stopped before the first update; Resume goes on.")
+            job.say("Stopped before the first update; Resume in the Runs tab goes on.")
         return
     name = folders.lora_name(report.output)
     if report.finished:
@@ -160,7 +160,7 @@ def _tell_end(job: Job, config: Config, report: TrainingReport) -> None:
         job.say(f"Done: {name} is in the Lora tab; <lora:{report.output.stem}:1> in a prompt uses it.")
     else:
         job.phase = "stopped"
-        job.say(f"Stopped after {report.steps} updates and saved as {name}; Resume goes on.")
+        job.say(f"Stopped after {report.steps} updates and saved as {name}; Resume in the Runs tab goes on.")
 
 
 def _dtype(name: str) -> Any:
@@ -197,7 +197,8 @@ def _watcher(job: Job, host: WebUIHost, preference: PreferenceModel) -> Watcher:
 
 def _show_in_bar(job: Job, state: Any) -> None:
     """The WebUI's progress bar, whose time left is what it makes of the fraction and the start."""
-    state.job_count, state.job_no = 1000, round(job.fraction * 999)
+    known = job.fraction >= 0.01  # before that its time left would be far off
+    state.job_count, state.job_no = (1000, round(job.fraction * 999)) if known else (0, 0)
     if job.eta_s is not None and job.fraction > 0:
         state.time_start = time.time() - job.eta_s * job.fraction / (1 - job.fraction + 1e-9)
     state.textinfo = f"{job.phase}, update {job.step}"

@@ -1,2 +1,4 @@
 """placeholder"""
+
+
 def add_axes() -> None: ...
