@@ -31,7 +31,7 @@
     function follow() {
         const shown = status();
         if (!shown || shown.dataset.live !== "1" || following === shown.dataset.task) return;
-        const container = find("spo_progress");
+        const container = find(shown.dataset.kind === "comparison" ? "spo_compare_progress" : "spo_progress");
         if (!container) return;
         const task = shown.dataset.task;
         following = task;
@@ -43,6 +43,19 @@
         }, function() {
             refresh(false);
         });
+    }
+
+    // The Compare tab shows a comparison's status, too: one job, one status, on the tab where it was begun.
+    function mirror() {
+        const shown = status();
+        const place = find("spo_compare_status");
+        if (!shown || !place || shown.dataset.kind !== "comparison") return;
+        const inner = place.querySelector(".prose") || place;
+        if (inner.dataset.shown === shown.outerHTML) return;
+        inner.dataset.shown = shown.outerHTML;
+        const copy = shown.cloneNode(true);
+        copy.classList.add("spo-mirror");
+        inner.replaceChildren(copy);
     }
 
     function sendToTxt2img() {
@@ -65,6 +78,9 @@
 
     window.spo_send_to_txt2img = sendToTxt2img;
     window.spo_switch_to = switchTo;
+    window.spo_refresh_now = function() {
+        refresh(true);
+    };
     window.spo_follow = function() {
         refresh(true);
         switchTo(0);
@@ -84,5 +100,8 @@
             }, 100);
         });
     });
-    onAfterUiUpdate(follow);
+    onAfterUiUpdate(function() {
+        follow();
+        mirror();
+    });
 })();

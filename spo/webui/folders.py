@@ -73,6 +73,14 @@ def run_names() -> list[str]:
     return [lora_name(path.parent) for path in states]
 
 
+def lora_names() -> list[str]:
+    """Every LoRA file in the folder, those that SPO trained first (they have settings or stages), then by name."""
+    paths = list(lora_folder().rglob("*.safetensors"))
+    ours = {path for path in paths if run_folder_of(path).exists() or path.with_suffix(".spo.json").exists()}
+    ours |= {path for path in paths if run_folder_of(path.with_stem(path.stem.rpartition("-step")[0] or "-")).exists()}
+    return [lora_name(path) for path in sorted(paths, key=lambda path: (path not in ours, str(path).lower()))]
+
+
 def preference_choices() -> list[str]:
     """Names of preference models: "demo", then the files in models/SPO."""
     found = [
