@@ -98,6 +98,25 @@ def table(rows: Sequence[Sequence[object]], headers: Sequence[str], *, markdown:
     return "\n".join("  ".join(line).rstrip() for line in [aligned[0], rule, *aligned[1:]])
 
 
+def score_table(columns: Mapping[str, Sequence[float | None]], scorer: str) -> str:
+    """Mean score of each column, and how often it wins against the first one, row by row.
+
+    columns  label -> scores, all as many; None where there is no picture, which counts for nothing
+    """
+    base = next(iter(columns.values()))
+    rows: list[list[str]] = []
+    for number, (label, scores) in enumerate(columns.items()):
+        known = [score for score in scores if score is not None]
+        mean = f"{sum(known) / len(known):.3f}" if known else "-"
+        pairs = [(a, b) for a, b in zip(scores, base, strict=True) if a is not None and b is not None]
+        against = "-"
+        if number and pairs:
+            rate = win_rate([a for a, _ in pairs], [b for _, b in pairs])
+            against = f"{rate.rate:.0%} ({rate.low:.0%} to {rate.high:.0%})"
+        rows.append([label, mean, against])
+    return table(rows, ["", f"mean score ({scorer})", "wins against base (95 %)"])
+
+
 def _cell(value: object, markdown: bool) -> str:
     text = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
     text = " ".join(text.split())

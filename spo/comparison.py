@@ -77,7 +77,7 @@ def compare_loras(
             columns[f"{path.stem} : {weight:g}"] = samples(host, preference, told, drawn)
         adapter.remove()
     save_grid(columns, [f"{prompt}\nseed {seed}" for prompt, seed in rows], output)
-    return score_table(columns, preference.name)
+    return compare.score_table({label: column.scores.tolist() for label, column in columns.items()}, preference.name)
 
 
 def save_grid(columns: dict[str, Samples], row_labels: Sequence[str], output: Path) -> None:
@@ -87,14 +87,3 @@ def save_grid(columns: dict[str, Samples], row_labels: Sequence[str], output: Pa
     ]
     captions = [[f"{float(column.scores[row]):.2f}" for column in columns.values()] for row in range(len(row_labels))]
     compare.grid(pictures, row_labels, list(columns), captions).save(output)
-
-
-def score_table(columns: dict[str, Samples], scorer: str) -> str:
-    """Mean score of each column, and how often it wins against the first."""
-    base = next(iter(columns.values())).scores.tolist()
-    rows: list[list[str]] = []
-    for label, column in columns.items():
-        rate = compare.win_rate(column.scores.tolist(), base)
-        against = f"{rate.rate:.0%} ({rate.low:.0%} to {rate.high:.0%})" if column.scores.tolist() is not base else ""
-        rows.append([label, f"{float(column.scores.mean()):.3f}", against if len(rows) else "-"])
-    return compare.table(rows, ["", f"mean score ({scorer})", "wins against base (95 %)"])

@@ -55,6 +55,11 @@ def lora_name(path: Path) -> str:
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
+def lora_files() -> dict[str, Path]:
+    """The .safetensors files in the LoRA folder by name (`lora_name`), sorted."""
+    return {lora_name(path): path for path in sorted(lora_folder().rglob("*.safetensors"))}
+
+
 def free_name(wanted: str) -> str:
     """`wanted`, or the first of wanted-2, wanted-3 ... without a LoRA or a run."""
     for number in range(1, 1000):

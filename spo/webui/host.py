@@ -125,20 +125,31 @@ def borrowed(config: Config) -> Iterator[WebUIHost]:
 
     Raises SpoError for a checkpoint that cannot be trained, before anything is touched. Hold the WebUI's queue.
     """
+    host = WebUIHost(config)
+    try:
+        with users_state_kept():
+            try:
+                yield host
+            finally:
+                host.set_gradient_checkpointing(False)
+    finally:
+        host.mend()
+
+
+@contextmanager
+def users_state_kept() -> Iterator[None]:
+    """Sampling inside leaves the active networks and the prompt history as they were."""
     from modules import shared
 
-    host = WebUIHost(config)
     networks = _active_networks()
     history = shared.cmd_opts.no_prompt_history
     shared.cmd_opts.no_prompt_history = True  # our sampling must not become the user's last prompt
     try:
-        yield host
+        yield
     finally:
         shared.cmd_opts.no_prompt_history = history
-        host.set_gradient_checkpointing(False)
         for put_back in networks:
             put_back()
-        host.mend()
 
 
 def _active_networks() -> list[Callable[[], None]]:

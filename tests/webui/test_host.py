@@ -35,16 +35,16 @@ def webui():
     sys.path.insert(0, str(WEBUI))
     flags = "--skip-torch-cuda-test --use-cpu all --no-half --precision full --no-hashing --disable-nan-check --nowebui"
     sys.argv = ["launch.py", "--skip-prepare-environment", "--do-not-download-clip", *flags.split()]
-    from modules import initialize
+    if "modules.initialize" not in sys.modules:  # once in a process, whichever test file comes first
+        from modules import initialize
 
-    initialize.imports()
-    initialize.check_versions()
-    initialize.initialize()
-    from modules import script_callbacks
+        initialize.imports()
+        initialize.check_versions()
+        initialize.initialize()
+        from modules import script_callbacks
 
+        script_callbacks.before_ui_callback()
     from spo.webui import sampler
-
-    script_callbacks.before_ui_callback()
 
     sampler.register()
     yield
@@ -62,12 +62,12 @@ def load(name):
     return sd_models.model_data.get_sd_model()
 
 
-def txt2img(sampler_name, *, prompt=PROMPT, seed=7, scheduler="Karras"):
+def txt2img(sampler_name, *, prompt=PROMPT, seed=7, scheduler="Karras", size=128):
     from modules import processing, shared
 
     p = processing.StableDiffusionProcessingTxt2Img(
-        sd_model=shared.sd_model, prompt=prompt, negative_prompt="bad", seed=seed, steps=8, cfg_scale=5, width=128,
-        height=128, sampler_name=sampler_name, scheduler=scheduler, batch_size=2, do_not_save_samples=True,
+        sd_model=shared.sd_model, prompt=prompt, negative_prompt="bad", seed=seed, steps=8, cfg_scale=5, width=size,
+        height=size, sampler_name=sampler_name, scheduler=scheduler, batch_size=2, do_not_save_samples=True,
         do_not_save_grid=True,
     )  # fmt: skip
     try:
