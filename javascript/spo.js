@@ -51,8 +51,9 @@
         const place = find("spo_compare_status");
         if (!shown || !place || shown.dataset.kind !== "comparison") return;
         const inner = place.querySelector(".prose") || place;
-        if (inner.dataset.shown === shown.outerHTML) return;
-        inner.dataset.shown = shown.outerHTML;
+        const version = shown.dataset.task + " " + shown.dataset.version;
+        if (inner.dataset.shown === version) return;
+        inner.dataset.shown = version;
         const copy = shown.cloneNode(true);
         copy.classList.add("spo-mirror");
         inner.replaceChildren(copy);

@@ -34,8 +34,9 @@ def status(job: Job | None) -> str:
         return '<div class="spo-status" data-phase="none"><p class="spo-message">Nothing is going on.</p></div>'
     lora = job.output.stem if job.output is not None else ""
     parts = [
-        f'<div class="spo-status" data-phase="{job.phase}" data-task="{html.escape(job.task)}" '
-        f'data-kind="{job.kind}" data-live="{int(job.live)}" data-lora="{html.escape(lora)}" role="status" aria-live="polite">',
+        f'<div class="spo-status" data-phase="{job.phase}" data-task="{html.escape(job.task)}" data-kind="{job.kind}" '
+        f'data-version="{job.version}" data-live="{int(job.live)}" data-lora="{html.escape(lora)}" role="status" '
+        'aria-live="polite">',
         f'<p class="spo-message spo-{job.phase}"><b>{_NAMES[job.phase]}: {html.escape(job.name)}.</b> '
         f"{html.escape(job.message)}</p>",
     ]
@@ -44,7 +45,8 @@ def status(job: Job | None) -> str:
     if job.rows:
         parts.append(curves(job.rows))
     if job.picture is not None and job.picture.exists():
-        parts.append(f'<div class="spo-samples"><h4>{"Samples" if job.kind == "training" else "Comparison"}</h4>{_file(job.picture)}</div>')
+        title = "Samples" if job.kind == "training" else "Comparison"
+        parts.append(f'<div class="spo-samples"><h4>{title}</h4>{_file(job.picture)}</div>')
     if job.table:
         parts.append(f'<pre class="spo-table">{html.escape(job.table)}</pre>')
     if job.log:
