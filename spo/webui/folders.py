@@ -10,6 +10,7 @@ from spo.trainer import run_folder_of
 
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 _FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f\x7f,]')
+_MAX_BYTES = 200  # file systems take 255; a stage's name and that of a file being written are longer
 BUNDLED_PROMPTS = Path(__file__).parents[1] / "demo" / "prompts.txt"
 
 
@@ -39,6 +40,7 @@ def lora_path(name: str) -> Path:
         raise SpoError(f'LoRA name "{name[:80]}" cannot be used; {rule}.')
     for part in parts:
         bad = not part or part != part.strip() or part.startswith(".") or part.endswith(".")
+        bad = bad or len(part.encode("utf-8", "replace")) > _MAX_BYTES
         if bad or part.split(".")[0].lower() in _RESERVED:
             raise SpoError(f'LoRA name "{name[:80]}" cannot be used because of "{part}"; {rule}.')
     folder = lora_folder().resolve()
