@@ -105,8 +105,8 @@ def chart(
             drawn.append(f'<circle class="spo-line{number}" cx="{x}" cy="{y}" r="2"><title>{name}</title></circle>')
         drawn.append(f'<polyline class="spo-line{number}" points="{" ".join(points)}"><title>{name}</title></polyline>')
         if len(lines) > 1:
-            x = width - right - 44 * (len(lines) - number) + 4
-            drawn.append(f'<text class="spo-line{number}" x="{x}" y="11">{name}</text>')
+            start = width - right - 44 * (len(lines) - number) + 4
+            drawn.append(f'<text class="spo-line{number}" x="{start}" y="11">{name}</text>')
     base = height - bottom
     return (
         f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {width} {height}" role="img" '
