@@ -15,20 +15,19 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spo.errors import SpoError
-from spo.preference.demo_taste import DemoTaste, LatentCNN, save_demo_taste
-from spo.preference.load import load
-from spo.preference.protocol import Candidates
-from spo.preference.step_aware_clip import (
+from spo.preference.clip_towers import (
     CLIP_MEAN,
     CLIP_STD,
     ClipShape,
-    StepAwareCLIP,
     TowerShape,
     clip_shape,
     prepare_pictures,
-    read_step_aware_clip,
     token_ids,
 )
+from spo.preference.demo_taste import DemoTaste, LatentCNN, save_demo_taste
+from spo.preference.load import load
+from spo.preference.protocol import Candidates
+from spo.preference.step_aware_clip import StepAwareCLIP, read_step_aware_clip
 from spo.tensor_file import open_tensor_file
 from tests.conftest import GOLDEN, relative_error
 
