@@ -234,7 +234,11 @@ def prepare_pictures(pictures: Tensor, image_px: int) -> Tensor:
     size = (int(height * scale + 0.5), int(width * scale + 0.5))
     pictures = functional.interpolate(pictures.float(), size=size, mode="bicubic", align_corners=False)
     top, left = (round((side - image_px) / 2) for side in size)
-    pictures = (pictures[..., top : top + image_px, left : left + image_px] / 2 + 0.5).clamp(0, 1)
+    return normalize((pictures[..., top : top + image_px, left : left + image_px] / 2 + 0.5).clamp(0, 1))
+
+
+def normalize(pictures: Tensor) -> Tensor:
+    """[..., 3, height, width] in [0, 1] -> the same by the means and deviations of CLIP's training pictures."""
     mean, std = (pictures.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     return (pictures - mean) / std
 
