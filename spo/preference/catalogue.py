@@ -167,7 +167,7 @@ def _is_model_folder(path: Path) -> bool:
 
 def _looks_like_mix(path: Path) -> bool:
     try:
-        return path.stat().st_size < 100_000 and '"models"' in path.read_text("utf-8").replace("models:", '"models"')
+        return path.stat().st_size < 100_000 and "models" in path.read_text("utf-8")
     except (OSError, UnicodeDecodeError):
         return False
 

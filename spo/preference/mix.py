@@ -153,6 +153,8 @@ def _checked(entry: Any, source: str, folder: Path) -> MixPart:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise SpoError(f"{source} has the {key} {value!r}; accepted are numbers above 0.")
     name = entry["file"]
+    if Path(name).suffix.lower() in SUFFIXES:
+        raise SpoError(f'{source} has the part "{name}", a mix itself; accepted are files of preference models.')
     file = name if name == "demo" or Path(name).expanduser().is_absolute() else str(folder / name)
     return MixPart(file, float(entry["weight"]), float(entry.get("deviation", 1.0)))
 

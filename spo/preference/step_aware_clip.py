@@ -12,13 +12,16 @@ Deliberate differences from the published code; scores are the same:
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spo.files import write_whole
 from spo.preference.clip_towers import (
     Block,
     ClipShape,
@@ -205,3 +208,25 @@ def read_step_aware_clip(
     }
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def save_step_aware_clip(
+    model: StepAwareCLIP, path: Path, facts: Mapping[str, str], *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write the model in the published names, whole or not at all, with `clip_config` and `facts` as metadata.
+
+    dtype  of the weights in the file; `logit_scale` stays float32
+    """
+    from safetensors.torch import save_file
+
+    towers = {"text_config": model.shape.text, "vision_config": model.shape.vision}
+    config = {
+        name: {"num_attention_heads": shape.heads, "hidden_act": shape.activation, "layer_norm_eps": shape.norm_epsilon}
+        for name, shape in towers.items()
+    }
+    tensors = {
+        f"{_PREFIX}{name}": value.detach().to("cpu", torch.float32 if name == "logit_scale" else dtype).contiguous()
+        for name, value in model.state_dict().items()
+    }
+    metadata = {"clip_config": json.dumps(config), **facts}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))

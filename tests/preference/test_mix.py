@@ -88,6 +88,7 @@ def test_loads(tmp_path):
         ({"models": [{"file": "a", "weight": 1, "deviation": -1}]}, "has the deviation -1"),
         ({"models": [{"file": "a", "weight": 1, "deviance": 1}]}, '"deviance", did you mean "deviation"'),
         ({"models": [{"file": "a"}]}, "a file, a weight and perhaps a deviation"),
+        ({"models": [{"file": "mix.json", "weight": 1}]}, "a mix itself; accepted are files of preference models"),
         ({"models": []}, "is no mix of preference models"),
         ([1], "is no mix of preference models"),
     ],
