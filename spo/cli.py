@@ -1,4 +1,4 @@
-"""The command line: train, compare, inspect, train-preference, demo: `python -m spo ...`, or `spo ...`."""
+"""The command line: `python -m spo train`, or `spo train` once installed; `spo --help` lists the commands."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from spo.fetch_preference_cli import add_fetch_preference
     from spo.train_preference_cli import add_train_preference
 
     parser = argparse.ArgumentParser("spo", description="Improve the look of your own Stable Diffusion checkpoint.")
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     inspecting.add_argument("file", type=Path)
 
     add_train_preference(command)
+    add_fetch_preference(command)
 
     demo = command("demo", _demo, "Train on the small checkpoint that comes with the project, and judge the result.")
     demo.add_argument("--folder", type=Path, default=Path("demo_run"), help="where everything goes (default: demo_run)")

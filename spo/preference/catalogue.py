@@ -51,7 +51,7 @@ class PreferenceInfo:
         """Warnings for use on a checkpoint of that architecture, in whole sentences; empty when all is well."""
         from spo.preference.clip_scores import NO_TIME
 
-        said = [] if self.knows_timestep else [NO_TIME]
+        said = [] if self.knows_timestep else [f'"{self.name}": {NO_TIME}']
         if self.architecture not in ("any", architecture):
             said.append(mismatch(self.name, self.architecture, architecture))
         return " ".join(said)
@@ -96,14 +96,24 @@ def describe_preference(path: Path) -> PreferenceInfo:
 
     if path.suffix.lower() in SUFFIXES and path.is_file():
         return _describe_mix(path)
-    file = open_tensor_file(weights_in(path))
+    return describe_opened(path, open_tensor_file(weights_in(path)))
+
+
+def describe_opened(path: Path, file: TensorFile) -> PreferenceInfo:
+    """The same for a file that is open already; path: what the user named, the file itself or its folder."""
     kind = kind_of(file)
-    name = path.name if path.is_dir() else path.stem
-    latents, timed = kind == "latent CNN", kind in ("latent CNN", "step-aware CLIP")
+    timed = kind in ("latent CNN", "step-aware CLIP")
     told = file.metadata.get("architecture", "")
     architecture = told if told in OFFICIAL_FILES else named_after(path.name) or "any"
-    space = "latents" if latents else "pixels"
-    return PreferenceInfo(path, name, kind, file.size_bytes, space, timed, architecture if timed else "any")
+    return PreferenceInfo(
+        path,
+        path.name if path.is_dir() else path.stem,
+        kind,
+        file.size_bytes,
+        "latents" if kind == "latent CNN" else "pixels",
+        timed,
+        architecture if timed else "any",
+    )
 
 
 def kind_of(file: TensorFile) -> str:

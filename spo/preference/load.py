@@ -8,14 +8,7 @@ from pathlib import Path
 import torch
 
 from spo.errors import SpoError
-from spo.preference.catalogue import (
-    FILE_SUFFIXES,
-    OFFICIAL_FILES,
-    kind_of,
-    mismatch,
-    named_after,
-    where_official,
-)
+from spo.preference.catalogue import FILE_SUFFIXES, describe_opened, where_official
 from spo.preference.mix import MixedScore, is_mix, mix_name, read_mix
 from spo.preference.protocol import PreferenceModel
 from spo.tensor_file import open_tensor_file
@@ -35,8 +28,8 @@ def load(
     name_or_path  "demo"; a file or folder of a step-aware CLIP, of PickScore, of HPS, of an aesthetic head (its CLIP
                   beside it) or of a small latent model as the demo has it; a mix of these, as text or file (see `mix`)
     dtype         of CLIP networks; the small latent model and the aesthetic head are always float32
-    architecture  "sd15" or "sdxl", whose pictures it shall judge; a file named after the other one gets a warning, and
-                  so does a model that does not know the timestep
+    architecture  "sd15" or "sdxl", whose pictures it shall judge; a model made for the other one gets a warning, and
+                  so does one that does not know the timestep
 
     Raises SpoError, one sentence, for a missing file and for one that is something else.
     """
@@ -55,18 +48,18 @@ def load(
     from spo.preference import clip_scores
 
     file = open_tensor_file(clip_scores.weights_in(path))
-    kind = kind_of(file)
-    _warn_of_other_architecture(path, architecture)
-    if kind == "latent CNN":
+    info = describe_opened(path, file)
+    if advice := info.advice(architecture):
+        warnings.warn(advice, stacklevel=2)
+    if info.kind == "latent CNN":
         from spo.preference.demo_taste import load_demo_taste
 
         return load_demo_taste(path, device)
-    if kind == "step-aware CLIP":
+    if info.kind == "step-aware CLIP":
         from spo.preference.step_aware_clip import read_step_aware_clip
 
         return read_step_aware_clip(file, device=device, dtype=dtype)
-    warnings.warn(f'"{path.name}": {clip_scores.NO_TIME}', stacklevel=2)
-    if kind == "CLIP score":
+    if info.kind == "CLIP score":
         return clip_scores.read_clip_score(path, device=device, dtype=dtype)
     return clip_scores.read_aesthetic_score(path, device=device, dtype=dtype)
 
@@ -75,9 +68,3 @@ def _missing(path: Path, architecture: str) -> str:
     if path == DEMO_FILE:
         return f'the demo\'s preference model is missing: "{path}" belongs to this project, fetch it again.'
     return f'there is no preference model at "{path.absolute()}": put the file there ({where_official(architecture)}).'
-
-
-def _warn_of_other_architecture(path: Path, architecture: str) -> None:
-    named = named_after(path.name)
-    if named is not None and named != architecture and architecture in OFFICIAL_FILES:
-        warnings.warn(mismatch(path.name, named, architecture), stacklevel=3)

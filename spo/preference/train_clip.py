@@ -421,14 +421,20 @@ class _Run:
             "row": self.row,
             "skipped": self.source.skipped,
             "optimizer": optimizer,
-            "settings": _comparable(self.settings),
+            "settings": self._comparable(),
             "accuracy": [asdict(entry) for entry in self.accuracy],
         }
         save_state(self.state_path, RunState(tensors, facts))
 
+    def _comparable(self) -> dict[str, Any]:
+        """What must be the same to resume."""
+        free = ("output", "replace", "save_every", "save_precision")
+        same = {name: value for name, value in asdict(self.settings).items() if name not in free}
+        return {**same, "pairs": len(self.source), "checkpoint": self.host.checkpoint_name}
+
     def _restore(self, saved: RunState) -> None:
         facts = saved.facts
-        ours = _comparable(self.settings)
+        ours = self._comparable()
         for name, value in facts["settings"].items():
             if ours.get(name) != value:
                 raise SpoError(f"the run to resume has {name} {value}, not {ours.get(name)}; give the same settings.")
@@ -467,9 +473,3 @@ def _smaller(pair: PicturePair, settings: ClipTraining) -> PicturePair:
     """Held-out pairs stay in memory all the time: at the size they are used in."""
     first, second = (fitted(side, settings.width, settings.height) for side in (pair.picture_0, pair.picture_1))
     return replace(pair, picture_0=first, picture_1=second)
-
-
-def _comparable(settings: ClipTraining) -> dict[str, Any]:
-    """What must be the same to resume."""
-    free = ("output", "replace", "save_every", "save_precision")
-    return {name: value for name, value in asdict(settings).items() if name not in free}
