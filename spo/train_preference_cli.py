@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
     from spo.preference.accuracy import accuracy_curves, accuracy_table
     from spo.preference.load import load
     from spo.preference.pair_data import open_pairs
-    from spo.preference.train_clip import PRESETS, ClipTraining, starting_model, train_clip
+    from spo.preference.train_clip import PRESETS, ClipTraining, check_output, starting_model, train_clip
 
     given = vars(options)
     if not given.get("checkpoint"):
@@ -85,6 +85,8 @@ def _run(options: argparse.Namespace) -> int:
         replace=options.replace,
         **{**PRESETS[architecture], **values},
     )
+    if not options.resume:
+        check_output(settings)
     sizes = {"width": settings.width, "height": settings.height}
     config = build_config({**{name: given[name] for name in _HOST if name in given}, **sizes}, architecture)
     source = open_pairs(options.data)

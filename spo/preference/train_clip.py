@@ -257,6 +257,13 @@ def learning_rate(settings: ClipTraining, step: int) -> float:
 # ---------------------------------------------------------------------------------------------- the loop
 
 
+def check_output(settings: ClipTraining) -> None:
+    """Raises SpoError when a file or a run of that name exists and may not be replaced; asked before all loading."""
+    for path in (settings.output, settings.output.with_suffix(".spo") / "state.safetensors"):
+        if path.exists() and not settings.replace:
+            raise exists_already(path)
+
+
 def train_clip(
     model: StepAwareCLIP,
     host: PredictionHost,
@@ -293,10 +300,8 @@ class _Run:
         self.labeller = labeller
         self.folder = settings.output.with_suffix(".spo")
         self.state_path = self.folder / "state.safetensors"
-        if not resume and not settings.replace:
-            for path in (settings.output, self.state_path):
-                if path.exists():
-                    raise exists_already(path)
+        if not resume:
+            check_output(settings)
         self.model = model.to(host.device)
         self._unfreeze()
         self.trained = [value for value in model.parameters() if value.requires_grad]
