@@ -1,4 +1,4 @@
-"""The command line: train, compare, inspect, demo. `python -m spo ...`, or `spo ...` once installed."""
+"""The command line: `python -m spo train`, or `spo train` once installed; `spo --help` lists the commands."""
 
 from __future__ import annotations
 
@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from spo.fetch_preference_cli import add_fetch_preference
+    from spo.train_preference_cli import add_train_preference
+
     parser = argparse.ArgumentParser("spo", description="Improve the look of your own Stable Diffusion checkpoint.")
     parser.add_argument("--version", action="version", version=f"spo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -60,8 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("--limit", type=int, default=8, help="at most this many prompts (default: 8)")
     _add_settings(comparing, "model", "prompt", "rollout", "preference", "run.output", "run.replace")
 
-    inspecting = command("inspect", _inspect, "Say what a LoRA or a checkpoint is.")
+    inspecting = command("inspect", _inspect, "Say what a LoRA, a checkpoint or a preference model is.")
     inspecting.add_argument("file", type=Path)
+
+    add_train_preference(command)
+    add_fetch_preference(command)
 
     demo = command("demo", _demo, "Train on the small checkpoint that comes with the project, and judge the result.")
     demo.add_argument("--folder", type=Path, default=Path("demo_run"), help="where everything goes (default: demo_run)")

@@ -79,7 +79,9 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class PreferenceConfig:
-    preference: str = _setting("", "preference model: the file of a step-aware model, or demo for the demo checkpoint")
+    preference: str = _setting(
+        "", "preference model: a file (docs/preference_models.md), a mix 0.7*A + 0.3*B, or demo for the demo checkpoint"
+    )
     preference_precision: str = _setting("float32", "its precision", "float32", "float16", "bfloat16")
 
 

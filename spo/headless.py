@@ -124,6 +124,10 @@ class HeadlessHost:
         """[N, 4, h, w] latents -> [N, 3, 8 h, 8 w] pictures in [-1, 1], float32."""
         return self.model.decode(latents, decode_batch=self.decode_batch)
 
+    def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
+        """[N, 3, 8 h, 8 w] pictures in [-1, 1] -> [N, 4, h, w] float32 latents; `noise` as in `DiffusersModel`."""
+        return self.model.encode(pictures, noise=noise)
+
     def sample(self, prompts: Sequence[str], seeds: Sequence[int], batch: int = 16) -> Tensor:
         """[N, 3, height, width] pictures in [-1, 1] on the CPU: ordinary ancestral sampling, no pools."""
         plain = RolloutSettings(candidates=1, eta=self.config.rollout.eta)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from spo.checkpoint_file import describe as describe_checkpoint
@@ -9,10 +10,13 @@ from spo.checkpoint_file import inspect_checkpoint
 from spo.errors import SpoError
 from spo.lora_file import describe as describe_lora
 from spo.lora_file import read_lora
+from spo.preference.catalogue import describe_preference
 
 
 def describe_file(path: Path) -> str:
-    """Lines about a LoRA or a checkpoint; SpoError says what it is when it is neither."""
+    """Lines about a LoRA, a checkpoint or a preference model; SpoError says what it is when it is none of these."""
+    with suppress(SpoError):
+        return describe_preference(path).text()
     if path.is_dir():
         return "\n".join(describe_checkpoint(inspect_checkpoint(path)))
     try:

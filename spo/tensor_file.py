@@ -94,6 +94,8 @@ def _safetensors_index(path: Path, stream: BinaryIO, start: bytes, size_bytes: i
         refuse(path, "is a Git LFS pointer, not the file itself: fetch it with `git lfs pull`")
     if start[:4] == b"GGUF":
         refuse(path, "is a GGUF file (quantized); a .safetensors or .ckpt checkpoint is needed")
+    if _is_text(start):
+        refuse(path, "is a text file; a safetensors file or a torch checkpoint is needed")
     if size_bytes < 8:
         refuse(path, f"is truncated: it has only {size_bytes} bytes")
     header_bytes = int.from_bytes(start[:8], "little")
@@ -114,6 +116,12 @@ def _safetensors_index(path: Path, stream: BinaryIO, start: bytes, size_bytes: i
     if expected_bytes < size_bytes:
         refuse(path, f"is damaged: its header lists {expected_bytes} bytes, the file has {size_bytes}")
     return TensorFile(path, False, entries, metadata, size_bytes)
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether the first 64 bytes are printable; a safetensors file's length, in the first 8, never is."""
+    text = start.decode("utf-8", errors="ignore").replace("\n", " ").replace("\r", " ").replace("\t", " ")
+    return len(start) > 3 and text.isprintable() and len(text.encode()) >= len(start.lstrip(b"\xef\xbb\xbf")) - 3
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:

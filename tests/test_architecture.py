@@ -16,7 +16,16 @@ MODULES = {
 }
 TORCH_ONLY = {"spo.diffusion", "spo.pairs", "spo.loss"}
 WEBUI_ONLY = {"modules", "gradio", "fastapi"}
-HEADLESS = {"spo.diffusers_host", "spo.headless", "spo.comparison", "spo.plan", "spo.cli", "spo.demo", "spo.__main__"}
+HEADLESS = {
+    "spo.diffusers_host",
+    "spo.headless",
+    "spo.comparison",
+    "spo.plan",
+    "spo.cli",
+    "spo.train_preference_cli",
+    "spo.demo",
+    "spo.__main__",
+}
 
 
 def imports(path: Path, *, everywhere: bool = True) -> set[str]:
@@ -61,6 +70,9 @@ def test_the_engine_imports_where_the_webui_and_diffusers_do_not_exist():
         "spo.compare",
         "spo.config",
         "spo.headless",
+        "spo.preference.load",
+        "spo.preference.train_clip",
+        "spo.preference.download",
         "spo.cli",
     ]
     blocked = ["modules", "gradio", "fastapi", "diffusers", "peft", "transformers", "matplotlib", "PIL"]

@@ -411,7 +411,7 @@ ONE = b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
         (b"\n\n <html lang=en>", "is a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer"),
         (b"GGUF\x03\0\0\0" + bytes(64), "GGUF"),
-        (b"just some text that is long enough", "neither a safetensors file nor a torch checkpoint"),
+        (b"just some text that is long enough", "is a text file"),
         (with_header(b"{not json}"), "not a safetensors file"),
         (with_header(b'{"a":3}'), "not a safetensors file"),
         (with_header(b'{"a":{"dtype":"F32"}}'), "not a safetensors file"),

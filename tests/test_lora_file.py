@@ -631,7 +631,7 @@ def test_damaged_loras_are_refused(tmp_path: Path, tensors: dict[str, Tensor], s
         (b"<!DOCTYPE html><html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS"),
         (b"GGUF" + bytes(40), "GGUF"),
-        (b"nothing of the kind at all", "neither a safetensors"),
+        (b"nothing of the kind at all", "is a text file"),
         (b"\x04\0\0\0\0\0\0\0{[]}", "not a safetensors"),
     ],
 )

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
 from spo.errors import SpoError
+from spo.preference.catalogue import FILE_SUFFIXES, describe_opened, where_official
+from spo.preference.mix import MixedScore, is_mix, mix_name, read_mix
 from spo.preference.protocol import PreferenceModel
 from spo.tensor_file import open_tensor_file
 
-OFFICIAL_FILES = {
-    "sd15": "sd-v1-5_step-aware_preference_model.bin",
-    "sdxl": "sdxl_step-aware_preference_model.bin",
-}
-OFFICIAL_REPOSITORY = "SPO-Diffusion-Models/Step-Aware_Preference_Models"
-_DEMO_FILE = Path(__file__).parents[1] / "demo" / "preference.safetensors"
-_SPELLINGS = {"sdxl": re.compile(r"sd[-_ ]?xl", re.I), "sd15": re.compile(r"sd[-_ ]?v?1[-_. ]?[45](?!\d)", re.I)}
+DEMO_FILE = Path(__file__).parents[1] / "demo" / "preference.safetensors"
 
 
 def load(
@@ -31,74 +25,46 @@ def load(
 ) -> PreferenceModel:
     """The preference model of that name or in that file, frozen, on `device`.
 
-    name_or_path  "demo", or a .safetensors or .bin file: a step-aware CLIP of the published layout, or a small latent
-                  model as the demo has it
-    dtype         of a step-aware CLIP's network; the small latent model is always float32
-    architecture  "sd15" or "sdxl", whose pictures it shall judge; a file named after the other one gets a warning
+    name_or_path  "demo"; a file or folder of a step-aware CLIP, of PickScore, of HPS, of an aesthetic head (its CLIP
+                  beside it) or of a small latent model as the demo has it; a mix of these, as text or file (see `mix`)
+    dtype         of CLIP networks; the small latent model and the aesthetic head are always float32
+    architecture  "sd15" or "sdxl", whose pictures it shall judge; a model made for the other one gets a warning, and
+                  so does one that does not know the timestep
 
     Raises SpoError, one sentence, for a missing file and for one that is something else.
     """
-    path = _DEMO_FILE if str(name_or_path) == "demo" else Path(name_or_path).expanduser()
-    if path.suffix.lower() in (".safetensors", ".bin"):
-        if not path.exists():
-            raise SpoError(_missing(path, architecture))
-        file = open_tensor_file(path)
-        _warn_of_other_architecture(path, architecture)
-        if file.metadata.get("spo_preference") == "latent_cnn":
-            from spo.preference.demo_taste import load_demo_taste
+    if is_mix(str(name_or_path)):
+        parts = read_mix(str(name_or_path))
+        models = [load(part.file, device=device, dtype=dtype, architecture=architecture) for part in parts]
+        return MixedScore(parts, models, mix_name(parts))
+    path = DEMO_FILE if str(name_or_path) == "demo" else Path(name_or_path).expanduser()
+    if path.suffix.lower() not in FILE_SUFFIXES and not path.is_dir():
+        raise SpoError(
+            f'preference model "{name_or_path}" is not known; accepted are "demo" and the file of a preference model '
+            f"({where_official(architecture)})."
+        )
+    if not path.exists():
+        raise SpoError(_missing(path, architecture))
+    from spo.preference import clip_scores
 
-            return load_demo_taste(path, device)
-        from spo.preference.step_aware_clip import is_step_aware_clip, read_step_aware_clip
+    file = open_tensor_file(clip_scores.weights_in(path))
+    info = describe_opened(path, file)
+    if advice := info.advice(architecture):
+        warnings.warn(advice, stacklevel=2)
+    if info.kind == "latent CNN":
+        from spo.preference.demo_taste import load_demo_taste
 
-        if is_step_aware_clip(file):
-            return read_step_aware_clip(file, device=device, dtype=dtype)
-        raise SpoError(f'"{path.name}" {_what_it_is(file.tensors)}; a step-aware preference model is needed.')
-    raise SpoError(
-        f'preference model "{name_or_path}" is not known; accepted are "demo" and the .bin or .safetensors file of a '
-        f"step-aware preference model ({_where_official(architecture)})."
-    )
+        return load_demo_taste(path, device)
+    if info.kind == "step-aware CLIP":
+        from spo.preference.step_aware_clip import read_step_aware_clip
+
+        return read_step_aware_clip(file, device=device, dtype=dtype)
+    if info.kind == "CLIP score":
+        return clip_scores.read_clip_score(path, device=device, dtype=dtype)
+    return clip_scores.read_aesthetic_score(path, device=device, dtype=dtype)
 
 
 def _missing(path: Path, architecture: str) -> str:
-    if path == _DEMO_FILE:
+    if path == DEMO_FILE:
         return f'the demo\'s preference model is missing: "{path}" belongs to this project, fetch it again.'
-    return f'there is no preference model at "{path.absolute()}": put the file there ({_where_official(architecture)}).'
-
-
-def _where_official(architecture: str) -> str:
-    name = OFFICIAL_FILES.get(architecture, " or ".join(OFFICIAL_FILES.values()))
-    return f"the official one is {name} of huggingface.co/{OFFICIAL_REPOSITORY}"
-
-
-def _warn_of_other_architecture(path: Path, architecture: str) -> None:
-    named = [known for known, spelling in _SPELLINGS.items() if spelling.search(path.name)]
-    if named and architecture not in named and architecture in OFFICIAL_FILES:
-        warnings.warn(
-            f'preference model "{path.name}" is named after {named[0]}, the checkpoint is {architecture}: it judges '
-            f"predictions that it was not trained on; {_where_official(architecture)}.",
-            stacklevel=3,
-        )
-
-
-def _what_it_is(names: Iterable[str]) -> str:
-    """What a file without a time-modulated picture tower is, judged by its tensors' names."""
-    names = list(names)
-
-    def has(*parts: str) -> bool:
-        return any(part in name for name in names for part in parts)
-
-    if has("lora_unet_", "lora_te", ".lora_", "lycoris_", ".hada_w", ".lokr_w"):
-        return "is a LoRA"
-    if has("model.diffusion_model."):
-        return "is a Stable Diffusion checkpoint"
-    if has("blip."):
-        return "is ImageReward, which was not trained on predictions at noise levels"
-    if has("vision_model.", "visual.transformer.", "visual.conv1."):
-        return "is a CLIP without time modulation (as PickScore and HPS), not trained on predictions at noise levels"
-    if has("text_model.", "token_embedding"):
-        return "is a text encoder"
-    if has("decoder.conv_in.", "first_stage_model."):
-        return "is a VAE"
-    if has("input_blocks.", "down_blocks."):
-        return "is a diffusion network"
-    return f"holds something else (its first tensors: {', '.join(names[:3])})"
+    return f'there is no preference model at "{path.absolute()}": put the file there ({where_official(architecture)}).'

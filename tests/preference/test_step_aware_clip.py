@@ -15,20 +15,19 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spo.errors import SpoError
-from spo.preference.demo_taste import DemoTaste, LatentCNN, save_demo_taste
-from spo.preference.load import load
-from spo.preference.protocol import Candidates
-from spo.preference.step_aware_clip import (
+from spo.preference.clip_towers import (
     CLIP_MEAN,
     CLIP_STD,
     ClipShape,
-    StepAwareCLIP,
     TowerShape,
     clip_shape,
     prepare_pictures,
-    read_step_aware_clip,
     token_ids,
 )
+from spo.preference.demo_taste import DemoTaste, LatentCNN, save_demo_taste
+from spo.preference.load import load
+from spo.preference.protocol import Candidates
+from spo.preference.step_aware_clip import StepAwareCLIP, read_step_aware_clip
 from spo.tensor_file import open_tensor_file
 from tests.conftest import GOLDEN, relative_error
 
@@ -286,15 +285,14 @@ def without(weights, *parts):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (lambda w: without(w, *TIME_NAMES), "is a CLIP without time modulation"),
-        (lambda w: {name.removeprefix("model."): v for name, v in without(w, *TIME_NAMES).items()}, "PickScore"),
+        (lambda w: without(w, *TIME_NAMES, "logit_scale"), "is a CLIP that lacks its text tower"),
         (lambda w: without(w, "layers.1.mlp.fc1.bias"), r"lacks 2 of 106 tensors: .*layers\.1\.mlp\.fc1\.bias"),
         (lambda w: without(w, "visual_projection"), 'incomplete: the tensor "visual_projection.weight" is missing'),
         (lambda w: {**w, "model.vision_model.more": torch.ones(1)}, "it also holds .vision_model.more"),
         (lambda w: {**w, "model.logit_scale": torch.ones(2)}, r'"logit_scale" has the shape \[2\], not \[\]'),
         (lambda w: {"lora_unet_down_blocks_0.lora_down.weight": torch.ones(1)}, "is a LoRA"),
         (lambda w: {"model.diffusion_model.out.2.weight": torch.ones(1)}, "is a Stable Diffusion checkpoint"),
-        (lambda w: {"visual.transformer.resblocks.0.ln_1.bias": torch.ones(1)}, "is a CLIP without time"),
+        (lambda w: {"visual.transformer.resblocks.0.ln_1.bias": torch.ones(1)}, "is a CLIP that lacks its text tower"),
         (lambda w: {"blip.visual_encoder.cls_token": torch.ones(1)}, "is ImageReward"),
         (lambda w: {"text_model.final_layer_norm.bias": torch.ones(1)}, "is a text encoder"),
         (lambda w: {"decoder.conv_in.weight": torch.ones(1)}, "is a VAE"),
@@ -320,17 +318,43 @@ def test_truncated_files_are_refused(spm_file, weights, tmp_path):
 
 
 class RunsCode:
+    """Unpickled by Python's own loader, this makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return os.system, ("echo unsafe",)
+        return os.system, (f"echo unsafe > {self.path}",)
 
 
-def test_a_pickle_that_runs_code_is_refused(tmp_path, capfd):
-    torch.save({"model.logit_scale": RunsCode()}, tmp_path / "new.bin")
-    (tmp_path / "old.bin").write_bytes(pickle.dumps(RunsCode()))
-    for name in ("new.bin", "old.bin"):
-        with pytest.raises(SpoError):
+def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path):
+    made = tmp_path / "made_by_the_pickle"
+    torch.save({"model.logit_scale": RunsCode(made)}, tmp_path / "new.bin")
+    torch.save({"state_dict": {"a": torch.ones(1)}, "more": RunsCode(made)}, tmp_path / "beside.pt")
+    torch.save({"a": RunsCode(made)}, tmp_path / "older.bin", _use_new_zipfile_serialization=False)
+    (tmp_path / "old.bin").write_bytes(pickle.dumps(RunsCode(made)))
+    for name in ("new.bin", "beside.pt", "older.bin", "old.bin"):
+        with pytest.raises(SpoError, match=f'"{name}" is a pickle that holds more than tensors'):
             load(tmp_path / name)
-    assert "unsafe" not in capfd.readouterr().out
+    assert not made.exists()
+    pickle.loads((tmp_path / "old.bin").read_bytes())
+    assert made.exists()  # so the payload is a real one
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_any_precision_and_format_of_file(weights, metadata, recorded, tmp_path, dtype, suffix):
+    path = tmp_path / f"spm{suffix}"
+    tensors = {name: value.to(dtype) for name, value in weights.items()}
+    if suffix == ".bin":
+        torch.save(tensors, path)
+        model = read_step_aware_clip(open_tensor_file(path), clip_config=json.loads(metadata["clip_config"]))
+    else:
+        save_file(tensors, path, {"clip_config": metadata["clip_config"]})
+        model = load(path)
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+    allowed = {torch.float32: 1e-5, torch.float16: 0.01, torch.bfloat16: 0.05}[dtype]
+    assert relative_error(scores_of(model, recorded, metadata, "tall"), recorded["tall.scores"]) < allowed
 
 
 def test_heads_that_do_not_fit_are_named(weights, tmp_path):
@@ -380,6 +404,6 @@ def test_warns_of_the_other_architecture(spm_file, tmp_path, name, architecture,
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         load(path, architecture=architecture)
-    ours = [str(w.message) for w in caught if "is named after" in str(w.message)]
+    ours = [str(w.message) for w in caught if "was made for" in str(w.message)]
     assert len(ours) == warned
     assert all(f"the checkpoint is {architecture}" in text for text in ours)

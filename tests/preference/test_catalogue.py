@@ -1,0 +1,86 @@
+"""The list of preference models, and what other files are called."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from spo.errors import SpoError
+from spo.preference.catalogue import describe_preference, list_preference_models, named_after
+from spo.preference.demo_taste import LatentCNN, save_demo_taste
+from spo.preference.load import DEMO_FILE
+from tests.preference.test_clip_scores import head_of, save_folder, transformers_clip
+from tests.tiny_checkpoints import write_tiny_sd15
+
+TIME = "vision_model.encoder.layers.0.adaLN_modulation.1.bias"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("preference")
+    save_folder(transformers_clip(), place / "PickScore_v1")
+    torch.save({TIME: torch.ones(1)}, place / "sd-v1-5_step-aware_preference_model.bin")
+    save_file({TIME: torch.ones(1)}, place / "mine.safetensors", {"architecture": "sdxl"})
+    save_demo_taste(LatentCNN(width=16), place / "taste.safetensors", {"architecture": "sd15"})
+    torch.save(head_of("linear", 20).state_dict(), place / "sa_0_4_vit_l_14_linear.pth")
+    (place / "mix.json").write_text('{"models": [{"file": "taste.safetensors", "weight": 1}]}')
+    (place / "notes.txt").write_text("none of this")
+    (place / "other.json").write_text("{}")
+    (place / "named.safetensors").write_text("this is a text file under a wrong name")
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(1)}, place / "lora.safetensors")
+    return place
+
+
+def test_a_folder(folder):
+    found = list_preference_models(folder)
+    table = {info.name: (info.kind, info.space, info.knows_timestep, info.architecture) for info in found.models}
+    assert table == {
+        "PickScore_v1": ("CLIP score", "pixels", False, "any"),
+        "sd-v1-5_step-aware_preference_model": ("step-aware CLIP", "pixels", True, "sd15"),
+        "mine": ("step-aware CLIP", "pixels", True, "sdxl"),
+        "taste": ("latent CNN", "latents", True, "sd15"),
+        "sa_0_4_vit_l_14_linear": ("aesthetic score", "pixels", False, "any"),
+        "mix: 1*taste": ("mix", "latents", True, "sd15"),
+    }
+    assert len(found.refused) == 2
+    assert '"lora.safetensors" is a LoRA; a preference model is needed.' in found.refused
+    assert any('"named.safetensors" is a text file' in text for text in found.refused)
+    sizes = {info.name: info.size_bytes for info in found.models}
+    assert sizes["taste"] == (folder / "taste.safetensors").stat().st_size == sizes["mix: 1*taste"]
+
+
+def test_one_file_and_the_demo(folder):
+    (info,) = list_preference_models(DEMO_FILE).models
+    assert info.text() == "preference (latent CNN, 45 kB, latents, knows the timestep, for sd15)"
+    assert list_preference_models(folder / "PickScore_v1").models[0].kind == "CLIP score"
+
+
+def test_advice(folder):
+    spm = describe_preference(folder / "sd-v1-5_step-aware_preference_model.bin")
+    assert spm.advice("sd15") == ""
+    assert "was made for sd15, the checkpoint is sdxl" in spm.advice("sdxl")
+    assert "sdxl_step-aware_preference_model.bin" in spm.advice("sdxl")
+    plain = describe_preference(folder / "PickScore_v1")
+    assert "ended below the untrained checkpoint" in plain.advice("sdxl")
+
+
+def test_other_files_are_named(folder, tmp_path):
+    write_tiny_sd15(tmp_path / "model.safetensors")
+    with pytest.raises(SpoError, match="is a Stable Diffusion checkpoint; a preference model is needed"):
+        describe_preference(tmp_path / "model.safetensors")
+    with pytest.raises(SpoError, match="is a text file"):
+        describe_preference(folder / "notes.txt")
+    with pytest.raises(SpoError, match="there is no file or folder"):
+        list_preference_models(tmp_path / "none")
+    save_file({"emb_params": torch.ones(2, 768)}, tmp_path / "embedding.safetensors")
+    with pytest.raises(SpoError, match="is a textual inversion embedding"):
+        describe_preference(tmp_path / "embedding.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("sdxl_spm.bin", "sdxl"), ("SD-v1.5 spm", "sd15"), ("spm", None), ("sd15_and_sdxl", None)],
+)
+def test_named_after(name, architecture):
+    assert named_after(name) == architecture

@@ -1,0 +1,151 @@
+"""Fetching from a server on this machine that redirects as the hub does, and that breaks off."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from spo.errors import SpoError
+from spo.preference.download import download, find_published, find_remote
+
+CONTENT = bytes(range(256)) * 20_000  # 5 MB
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """`/.../resolve/main/NAME` redirects to `/cdn`; the server's attributes say how it fails."""
+
+    def do_HEAD(self):
+        if "missing" in self.path:
+            self.send_error(404)
+            return
+        self.send_response(302)
+        self.send_header("Location", "/cdn")
+        if self.server.tells_hash:
+            self.send_header("X-Linked-Etag", f'"{SHA256}"')
+            self.send_header("X-Linked-Size", str(len(CONTENT)))
+        self.end_headers()
+
+    def do_GET(self):
+        if self.path != "/cdn":
+            self.do_HEAD()
+            return
+        start = 0
+        asked = self.headers.get("Range")
+        self.server.asked.append(asked)
+        if asked and self.server.knows_ranges:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(CONTENT) - 1}/{len(CONTENT)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT) - start))
+        self.end_headers()
+        count = self.server.breaks_after.pop(0) if self.server.breaks_after else len(CONTENT)
+        self.wfile.write(self.server.content[start : start + count])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.breaks_after, server.asked, server.content = [], [], CONTENT
+    server.knows_ranges = server.tells_hash = True
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def published(hub, tmp_path):
+    return find_published("sd15", folder=tmp_path, hub=hub.url)
+
+
+def test_size_and_hash_come_first(hub, tmp_path):
+    remote = published(hub, tmp_path)
+    assert (remote.size_bytes, remote.sha256) == (len(CONTENT), SHA256)
+    assert remote.text().startswith("sd-v1-5_step-aware_preference_model.bin (5.12 MB) from http")
+    assert hub.asked == [] and list(tmp_path.iterdir()) == []
+
+
+def test_fetches_whole_with_progress(hub, tmp_path):
+    seen = []
+    path = download(published(hub, tmp_path), tmp_path / "new", progress=lambda done, total: seen.append((done, total)))
+    assert path.read_bytes() == CONTENT
+    assert seen[-1] == (len(CONTENT), len(CONTENT)) and seen == sorted(seen) and len(seen) > 3
+    assert list(path.parent.iterdir()) == [path]
+    assert download(published(hub, tmp_path), path.parent) == path and len(hub.asked) == 1
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_goes_on_where_it_broke_off(hub, tmp_path, knows_ranges):
+    hub.knows_ranges = knows_ranges
+    hub.breaks_after = [1_000_001, 2_000_000]
+    path = download(published(hub, tmp_path), tmp_path)
+    assert path.read_bytes() == CONTENT
+    assert hub.asked == ["bytes=0-", "bytes=1000001-", "bytes=3000001-" if knows_ranges else "bytes=2000000-"]
+
+
+def test_a_later_call_goes_on(hub, tmp_path):
+    remote = published(hub, tmp_path)
+    with pytest.raises(SpoError, match=r"stopped after 1\.05 MB of sd-v1-5.*fetch it again to go on"):
+        download(remote, tmp_path, should_stop=lambda: True)
+    (part,) = tmp_path.iterdir()
+    assert part.stat().st_size == 1 << 20
+    hub.breaks_after = [0] * 5
+    with pytest.raises(SpoError, match=r"the connection broke after 1\.05 MB of 5\.12 MB"):
+        download(remote, tmp_path)
+    path = download(remote, tmp_path)
+    assert path.read_bytes() == CONTENT and hub.asked[-1] == f"bytes={1 << 20}-"
+
+
+def test_a_wrong_hash_is_deleted(hub, tmp_path):
+    hub.content = b"x" + CONTENT[1:]
+    with pytest.raises(SpoError, match="arrived damaged"):
+        download(published(hub, tmp_path), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_file_is_not_replaced(hub, tmp_path):
+    remote = published(hub, tmp_path)
+    (tmp_path / remote.name).write_text("mine")
+    with pytest.raises(SpoError, match="exists already"):
+        download(remote, tmp_path)
+    assert (tmp_path / remote.name).read_text() == "mine"
+
+
+def test_offline_says_where_to_put_the_file(hub, tmp_path):
+    remote = published(hub, tmp_path)
+    hub.shutdown()
+    hub.server_close()
+    for attempt in (lambda: published(hub, tmp_path), lambda: download(remote, tmp_path)):
+        with pytest.raises(SpoError, match=r"127\.0\.0\.1 cannot be reached .*: fetch http.* elsewhere") as caught:
+            attempt()
+        assert f'put it at "{tmp_path / remote.name}"' in str(caught.value)
+
+
+def test_what_cannot_be_checked_or_found(hub, tmp_path):
+    with pytest.raises(SpoError, match="answers 404"):
+        find_remote("a/b", "missing.bin", folder=tmp_path, hub=hub.url)
+    hub.tells_hash = False
+    with pytest.raises(SpoError, match="tells no size and SHA-256"):
+        published(hub, tmp_path)
+    with pytest.raises(SpoError, match='published for "sd3"; accepted are sd15 and sdxl'):
+        find_published("sd3", folder=tmp_path, hub=hub.url)
+
+
+def test_command_line(hub, tmp_path, capsys):
+    from spo.cli import main
+
+    arguments = ["fetch-preference", "sd15", "--folder", str(tmp_path / "models"), "--hub", hub.url]
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "(5.12 MB)" in capsys.readouterr().out and not (tmp_path / "models").exists()
+    assert main(arguments) == 0
+    assert (tmp_path / "models" / "sd-v1-5_step-aware_preference_model.bin").read_bytes() == CONTENT
