@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENT = HERE / ".venv"
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 WINDOWS_CUDA_WHEELS = "https://download.pytorch.org/whl/cu130"
-COMMANDS = ("demo", "test", "check", "train", "compare", "inspect")
+COMMANDS = ("demo", "test", "check", "train", "train-preference", "compare", "inspect")
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""The command line: train, compare, inspect, demo. `python -m spo ...`, or `spo ...` once installed."""
+"""The command line: train, train-preference, compare, inspect, demo. `python -m spo`, or `spo` once installed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo import __version__
 from spo.errors import SpoError, nearest
+from spo.train_taste_cli import add_taste_arguments, train_taste
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("--seeds", type=int, nargs="+", default=[0], help="one row for each prompt and seed")
     comparing.add_argument("--limit", type=int, default=8, help="at most this many prompts (default: 8)")
     _add_settings(comparing, "model", "prompt", "rollout", "preference", "run.output", "run.replace")
+
+    teaching = command("train-preference", _train_preference, "Make a preference model from votes.")
+    teaching.add_argument("--kind", choices=["taste"], default="taste", help="taste: a small head on noisy latents")
+    teaching.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    teaching.add_argument("--replace", action="store_true", help="allow --output to be replaced")
+    teaching.add_argument("--seed", type=int, default=0, help="of everything random in it (default: 0)")
+    add_taste_arguments(teaching)
 
     inspecting = command("inspect", _inspect, "Say what a LoRA or a checkpoint is.")
     inspecting.add_argument("file", type=Path)
@@ -218,6 +226,10 @@ def _compare(options: argparse.Namespace) -> int:
     prompts = read_prompts(config.prompt.prompts)[: options.limit]
     print(compare_loras(config, prompts, options.seeds, [Path(path) for path in options.lora], options.weights))
     return 0
+
+
+def _train_preference(options: argparse.Namespace) -> int:
+    return train_taste(options)
 
 
 def _inspect(options: argparse.Namespace) -> int:

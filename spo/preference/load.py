@@ -31,9 +31,9 @@ def load(
 ) -> PreferenceModel:
     """The preference model of that name or in that file, frozen, on `device`.
 
-    name_or_path  "demo", or a .safetensors or .bin file: a step-aware CLIP of the published layout, or a small latent
-                  model as the demo has it
-    dtype         of a step-aware CLIP's network; the small latent model is always float32
+    name_or_path  "demo", or a .safetensors or .bin file: a step-aware CLIP of the published layout, a taste head
+                  fitted to votes, or a small latent model as the demo has it
+    dtype         of a step-aware CLIP's network; the small latent models are always float32
     architecture  "sd15" or "sdxl", whose pictures it shall judge; a file named after the other one gets a warning
 
     Raises SpoError, one sentence, for a missing file and for one that is something else.
@@ -48,6 +48,17 @@ def load(
             from spo.preference.demo_taste import load_demo_taste
 
             return load_demo_taste(path, device)
+        if file.metadata.get("spo_preference") == "taste":
+            from spo.preference.taste import read_taste
+
+            head = read_taste(file, device)
+            if head.facts.architecture != architecture:
+                warnings.warn(
+                    f'the taste head "{path.name}" was fitted to {head.facts.architecture} pictures, the checkpoint is '
+                    f"{architecture}, whose latents mean something else: vote on this checkpoint's pictures.",
+                    stacklevel=2,
+                )
+            return head
         from spo.preference.step_aware_clip import is_step_aware_clip, read_step_aware_clip
 
         if is_step_aware_clip(file):
