@@ -18,7 +18,6 @@ Stages, in order; each keeps what it has in FOLDER and goes on from there:
     inputs    accuracy by what a head reads, with 200 and 800 votes
     votes     accuracy by number of votes, for the taste head and the CLIP-style head
     train     SPO with each head for each taste, and the rule's judgement
-    rollout   time and memory of a rollout with the taste head, and with decoding and a step-aware CLIP of ViT-H's shape
     report    docs/taste*.csv and the pictures, from what the other stages left
 
 The CLIP-style head stands in for a step-aware CLIP, whose weights are not at hand: a frozen network that was trained on
@@ -30,7 +29,12 @@ recipe. So it needs the denoiser and the VAE for each candidate, as the publishe
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +42,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from spo.demo.judge import HERE, held_out
+from spo.compare import win_rate
+from spo.comparison import adapter_from_file
+from spo.demo.judge import HERE, Judge, held_out
+from spo.demo.rule import colourfulness
 from spo.demo.run import demo_config
 from spo.demo.subjects import load as load_classifier
-from spo.diffusion import training_sigmas
-from spo.files import write_whole
+from spo.diffusion import network_input, training_sigmas
+from spo.errors import SpoError
+from spo.files import write_text, write_whole
 from spo.headless import load_host
+from spo.preference.fit_taste import FitSettings, VoteSet, davidson_loss, fit_taste
+from spo.preference.protocol import Candidates, PreferenceModel
+from spo.preference.taste import TasteHead, TasteNetwork
 from spo.preference.vote_pairs import make_pairs
 from spo.prompts import read_prompts
 from spo.rng import generator, stable_seed
+from spo.trainer import run_folder_of, train
 
+TASTES = ("colourful", "grey", "large")
+FLIPPED = 0.1
+COUNTS = (50, 100, 200, 400, 800)
+TRAINED_VOTES = 200
 BATCH = 16
 NOISINGS = 8  # of each pair to vote on, for heads whose inputs are slow to make
 TIMESTEPS = (1, 201, 401, 601)  # where held-out pairs are judged
@@ -163,6 +179,307 @@ def make_features(work: Path) -> None:
             print(path.name, flush=True)
 
 
+# ---------------------------------------------------------------------------------------------- voters
+
+
+def rule_of(taste: str, pixels: Tensor) -> Tensor:
+    """[N] how much pictures [N, 3, H, W] in [-1, 1] please a taste."""
+    if taste == "large":
+        return (pixels.amin(1) < 0.8).float().mean((1, 2))
+    return colourfulness(pixels) * (1 if taste == "colourful" else -1)
+
+
+def true_answers(taste: str, pixels: Tensor) -> Tensor:
+    """[N] 1 where the left of [N, 2, 3, H, W] uint8 pictures pleases more, else 0."""
+    left, right = rule_of(taste, pixels.flatten(0, 1).float() / 127.5 - 1).unflatten(0, (-1, 2)).unbind(1)
+    return (left > right).float()
+
+
+@dataclass(frozen=True)
+class Voters:
+    """Everything about one taste: votes in random order, 10 % flipped, and the truth about held-out pairs.
+
+    order [800] the pairs in the order of voting; answers [800] in that order; held_out [400]; clear [400] bool: the
+    held-out pairs that differ by more than their median, which a person could tell apart
+    """
+
+    order: Tensor
+    answers: Tensor
+    held_out: Tensor
+    clear: Tensor
+
+
+def voters(work: Path, taste: str) -> Voters:
+    votes, held = load_pairs(work, "votes"), load_pairs(work, "held_out")
+    order = torch.randperm(len(votes["latents"]), generator=generator("order"))
+    answers = true_answers(taste, votes["pixels"][order])
+    flipped = torch.rand(len(order), generator=generator("flipped", taste)) < FLIPPED
+    values = rule_of(taste, held["pixels"].flatten(0, 1).float() / 127.5 - 1).unflatten(0, (-1, 2))
+    gap = (values[:, 0] - values[:, 1]).abs()
+    return Voters(
+        order, torch.where(flipped, 1 - answers, answers), (values[:, 0] > values[:, 1]).float(), gap > gap.median()
+    )
+
+
+# ---------------------------------------------------------------------------------------------- heads
+
+
+class FeatureHead(nn.Module):
+    """[N, D] features and [N] sigmas -> [N] scores; features are brought to mean 0 and deviation 1 first."""
+
+    def __init__(self, features: Tensor, hidden: int) -> None:
+        super().__init__()
+        flat = features.flatten(0, -2)
+        self.register_buffer("mean", flat.mean(0))
+        self.register_buffer("std", flat.std(0) + 1e-3)
+        inputs = flat.shape[1]
+        self.told = nn.Linear(1, hidden) if hidden else None
+        body = [nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, 1)]
+        self.body = nn.Sequential(*body) if hidden else nn.Linear(inputs, 1)
+
+    def forward(self, features: Tensor, sigma: Tensor) -> Tensor:
+        seen = (features - self.mean) / self.std
+        if self.told is None:
+            return self.body(seen)[:, 0]
+        first, rest = self.body[0], self.body[1:]
+        return rest(first(seen) + self.told(sigma.log()[:, None]))[:, 0]
+
+
+class Reader(nn.Module):
+    """A head on the named inputs: "noisy" latents, "unet" features, both, or "vision" features."""
+
+    def __init__(self, inputs: str, example: dict[str, Tensor], hidden: int = 64) -> None:
+        super().__init__()
+        self.latents = TasteNetwork(FitSettings().width) if "noisy" in inputs else None
+        self.kind = "vision" if "vision" in inputs else "unet"
+        self.features = FeatureHead(example[self.kind], hidden) if inputs != "noisy" else None
+
+    def forward(self, x: Tensor, sigma: Tensor, features: dict[str, Tensor]) -> Tensor:
+        score = self.latents(network_input(x, sigma), sigma) if self.latents is not None else 0
+        return score + (self.features(features[self.kind], sigma) if self.features is not None else 0)
+
+
+def load_features(work: Path, part: str) -> list[dict[str, Tensor]]:
+    files = sorted((work / "features").glob(f"{part}_*.safetensors"))
+    return [load_file(path) for path in files]
+
+
+def flat_rows(noising: dict[str, Tensor], rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(x, sigma, features) of both pictures of the rows."""
+    features = {name: noising[name][rows].flatten(0, 1) for name in ("unet", "vision")}
+    return noising["x"][rows].flatten(0, 1), noising["sigma"][rows].repeat_interleave(2), features
+
+
+def fit_readers(
+    inputs: str, noisings: list[dict[str, Tensor]], order: Tensor, answers: Tensor, hidden: int = 64
+) -> list[Reader]:
+    """Three heads on stored noisings of the pairs in `order`, by the recipe of the taste head."""
+    settings, readers = FitSettings(), []
+    for member in range(3):
+        draw = generator("reader", member)
+        torch.manual_seed(member)
+        reader = Reader(inputs, {name: noisings[0][name][order] for name in ("unet", "vision")}, hidden)
+        optimizer = torch.optim.AdamW(reader.parameters(), weight_decay=settings.weight_decay)
+        highest = settings.learning_rate if inputs == "noisy" else 1e-3
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=settings.updates)
+        for _ in range(settings.updates):
+            chosen = torch.randint(len(order), (settings.pairs_per_update,), generator=draw)
+            noising = noisings[int(torch.randint(len(noisings), (1,), generator=draw))]
+            with torch.enable_grad():
+                scores = reader(*flat_rows(noising, order[chosen])).unflatten(0, (-1, 2))
+                loss = davidson_loss(scores[:, 0] - scores[:, 1], answers[chosen], torch.tensor(-100.0)).mean()
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+            nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+        readers.append(reader.eval())
+    return readers
+
+
+def reader_differences(readers: list[Reader], noising: dict[str, Tensor]) -> Tensor:
+    """[N] score of the left picture less that of the right one."""
+    told = flat_rows(noising, torch.arange(len(noising["sigma"])))
+    scores = torch.stack([reader(*told) for reader in readers]).mean(0).unflatten(0, (-1, 2))
+    return scores[:, 0] - scores[:, 1]
+
+
+def taste_differences(head: TasteHead, noising: dict[str, Tensor]) -> Tensor:
+    scores = head.member_scores(noising["x"].flatten(0, 1), float(noising["sigma"][0])).mean(0).unflatten(0, (-1, 2))
+    return scores[:, 0] - scores[:, 1]
+
+
+def fit_taste_head(work: Path, taste: str, count: int) -> TasteHead:
+    """The product's own fit to the first `count` votes of a taste."""
+    voted = voters(work, taste)
+    latents = load_pairs(work, "votes")["latents"][voted.order[:count]]
+    votes = VoteSet(latents, voted.answers[:count], tuple(map(str, range(count))), "sd15", "demo", "")
+    with torch.enable_grad():
+        return fit_taste(votes, name=f"{taste} by {count} votes").head
+
+
+class ClipStyle:
+    """The CLIP-style head as a `PreferenceModel`: it decodes the clean prediction of every candidate."""
+
+    name, needs_pixels = "clip-style", True
+
+    def __init__(self, readers: list[Reader]) -> None:
+        self.readers, self.vision = readers, VisionFeatures()
+
+    @torch.no_grad()
+    def score(self, candidates: Candidates, prompts: Sequence[str]) -> Tensor:
+        pixels = candidates.pixels().flatten(0, 1)
+        features = {"vision": self.vision(pixels)}
+        sigma = torch.full((len(pixels),), max(candidates.sigma, 0.0292))
+        x = candidates.x.flatten(0, 1)
+        scores = torch.stack([reader(x, sigma, features) for reader in self.readers]).mean(0)
+        return scores.unflatten(0, candidates.x.shape[:2])
+
+
+# ---------------------------------------------------------------------------------------------- stages
+
+
+@dataclass(frozen=True)
+class Row:
+    """One accuracy of the tables, 0 ... 1, over all held-out pairs and over those that clearly differ."""
+
+    taste: str
+    head: str
+    votes: int
+    timestep: int
+    accuracy: float
+    clear_accuracy: float
+
+
+def rows_of(head: str, taste: str, count: int, voted: Voters, differences: list[Tensor]) -> list[Row]:
+    made = []
+    for timestep, difference in zip(TIMESTEPS, differences, strict=True):
+        right = ((difference > 0).float() == voted.held_out).float()
+        made.append(Row(taste, head, count, timestep, float(right.mean()), float(right[voted.clear].mean())))
+    return made
+
+
+def measured(path: Path, key: str, measure: Callable[[], list[Row]]) -> None:
+    """Append what `measure` finds to a JSON file of lists by key, unless the key is there already."""
+    done = json.loads(path.read_text()) if path.exists() else {}
+    if key not in done:
+        began = time.monotonic()
+        done[key] = [asdict(row) for row in measure()]
+        write_text(path, json.dumps(done, indent=1) + "\n")
+        shown = " ".join(f"{row['accuracy']:.3f}" for row in done[key])
+        print(f"{key:40} {shown}  {time.monotonic() - began:.1f} s", flush=True)
+
+
+def measure_inputs(work: Path) -> None:
+    noisings, held = load_features(work, "votes"), load_features(work, "held_out")
+    heads = {
+        "UNet features, linear": ("unet", 0),
+        "UNet features": ("unet", 64),
+        "noisy latent, stored noise": ("noisy", 0),
+        "noisy latent and UNet features, stored noise": ("noisy+unet", 64),
+        "decoded prediction, CLIP-style": ("vision", 64),
+    }
+    for count, taste, name in itertools.product((200, 800), ("colourful", "large"), heads):
+        voted = voters(work, taste)
+
+        def measure(count: int = count, taste: str = taste, name: str = name, voted: Voters = voted) -> list[Row]:
+            readers = fit_readers(heads[name][0], noisings, voted.order[:count], voted.answers[:count], heads[name][1])
+            return rows_of(name, taste, count, voted, [reader_differences(readers, noising) for noising in held])
+
+        measured(work / "inputs.json", f"{count} {taste} {name}", measure)
+    for count, taste in itertools.product((200, 800), ("colourful", "large")):
+
+        def by_taste_head(count: int = count, taste: str = taste) -> list[Row]:
+            head = fit_taste_head(work, taste, count)
+            differences = [taste_differences(head, noising) for noising in held]
+            return rows_of("noisy latent, fresh noise (taste head)", taste, count, voters(work, taste), differences)
+
+        measured(work / "inputs.json", f"{count} {taste} taste head", by_taste_head)
+
+
+def measure_votes(work: Path) -> None:
+    noisings, held = load_features(work, "votes"), load_features(work, "held_out")
+    for count, taste in itertools.product(COUNTS, TASTES):
+        voted = voters(work, taste)
+
+        def by_taste_head(count: int = count, taste: str = taste, voted: Voters = voted) -> list[Row]:
+            try:
+                head = fit_taste_head(work, taste, count)
+            except SpoError as refusal:
+                print(refusal)
+                return []
+            return rows_of("taste head", taste, count, voted, [taste_differences(head, noising) for noising in held])
+
+        def by_vision(count: int = count, taste: str = taste, voted: Voters = voted) -> list[Row]:
+            readers = fit_readers("vision", noisings, voted.order[:count], voted.answers[:count])
+            differences = [reader_differences(readers, noising) for noising in held]
+            return rows_of("CLIP-style head", taste, count, voted, differences)
+
+        measured(work / "votes.json", f"{count} {taste} taste head", by_taste_head)
+        measured(work / "votes.json", f"{count} {taste} CLIP-style head", by_vision)
+
+
+def train_all(work: Path) -> None:
+    """FOLDER/HEAD_TASTE.safetensors, the LoRAs, and train.safetensors, train.json: pictures and judgements."""
+    for head, taste in itertools.product(("taste", "clip"), TASTES):
+        train_one(work, head, taste)
+
+
+def train_one(work: Path, head: str, taste: str) -> None:
+    output = work / f"{head}_{taste}.safetensors"
+    result = work / f"{head}_{taste}.json"
+    if result.exists():
+        return
+    config = demo_config(work, {"output": str(output), "preference": head, "sample_every": 0})
+    host = load_host(config)
+    if head == "taste":
+        preference: PreferenceModel = fit_taste_head(work, taste, TRAINED_VOTES)
+    else:
+        voted, first = voters(work, taste), slice(TRAINED_VOTES)
+        preference = ClipStyle(
+            fit_readers("vision", load_features(work, "votes"), voted.order[first], voted.answers[first])
+        )
+    began = time.monotonic()
+    if not output.exists():
+        with torch.enable_grad():
+            train(host, config, read_prompts(config.prompt.prompts), preference, resume=state_of(output).exists())
+    seconds = time.monotonic() - began
+    told, seeds = held_out()
+    host.prepare(told)
+    base = work / "base.safetensors"
+    if not base.exists():
+        save_file({"pixels": host.sample(told, seeds).contiguous()}, base)
+    adapter = adapter_from_file(host, output)
+    pixels = host.sample(told, seeds)
+    adapter.remove()
+    save_file({"pixels": pixels.contiguous()}, work / f"{head}_{taste}_pictures.safetensors")
+    before = load_file(base)["pixels"]
+    judge = Judge()
+    judged = {
+        by: {
+            "before": float(rule_of(by, before).mean()),
+            "after": float(rule_of(by, pixels).mean()),
+            "wins": win_rate(rule_of(by, pixels).tolist(), rule_of(by, before).tolist()).__dict__,
+        }
+        for by in TASTES
+    }
+    facts = {
+        "head": head,
+        "taste": taste,
+        "votes": TRAINED_VOTES,
+        "seconds": seconds,
+        "kept_before": judge.judge(before, told).kept_share,
+        "kept_after": judge.judge(pixels, told).kept_share,
+        "judged": judged,
+    }
+    write_text(result, json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts), flush=True)
+
+
+def state_of(output: Path) -> Path:
+    return run_folder_of(output) / "state.safetensors"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=list(STAGES))
@@ -173,7 +490,13 @@ def main() -> None:
         STAGES[options.stage](options.work)
 
 
-STAGES = {"pairs": make_all_pairs, "features": make_features}
+STAGES = {
+    "pairs": make_all_pairs,
+    "features": make_features,
+    "inputs": measure_inputs,
+    "votes": measure_votes,
+    "train": train_all,
+}
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ def add_taste_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--against", action="append", default=[], metavar="FILE", help="another preference model to show beside it"
     )
+    group.add_argument("--updates", type=int, default=300, help="optimizer updates of each member (default: 300)")
 
 
 def train_taste(options: argparse.Namespace) -> int:
     """Fit the head, write it to `options.output`, and print how good it is. 0: done.
 
-    options  votes, output, against (list), replace (bool), seed (int)
+    options  votes, output, against (list), replace (bool), seed, updates (int)
     """
     from spo.files import exists_already
     from spo.preference.fit_taste import FitSettings, accuracy_of, fit_taste, read_vote_set
@@ -31,6 +32,8 @@ def train_taste(options: argparse.Namespace) -> int:
     if options.votes is None:
         raise SpoError("--votes is missing; give the folder of votes.")
     output: Path = options.output
+    if options.updates < 1:
+        raise SpoError(f"--updates is {options.updates}; 1 or more are accepted.")
     if output.suffix.lower() != ".safetensors":
         raise SpoError(f'output is "{output}"; a taste head is a .safetensors file.')
     if output.exists() and not options.replace:
@@ -41,7 +44,8 @@ def train_taste(options: argparse.Namespace) -> int:
     votes = read_vote_set(folder)
     scorers = [load(name, architecture=votes.architecture) for name in options.against]
     others = [accuracy_of(scorer, folder, votes) for scorer in scorers]
-    fitted = fit_taste(votes, FitSettings(seed=options.seed), name=output.stem, others=others)
+    settings = FitSettings(seed=options.seed, updates=options.updates)
+    fitted = fit_taste(votes, settings, name=output.stem, others=others)
     save_taste(fitted.head, output)
     print(f"{fitted.report.text()}\n\ntaste head  {output}  ({fitted.report.seconds:.0f} s)")
     return 0

@@ -171,7 +171,7 @@ def test_the_command_line(tmp_path, capsys):
     for number in range(60):
         made = pair(number)
         folder.add(made, "skip" if number % 10 == 9 else answer(made))
-    flags = ["train-preference", "--kind", "taste", "--votes", str(folder.path)]
+    flags = ["train-preference", "--kind", "taste", "--updates", "30", "--votes", str(folder.path)]
     output = tmp_path / "mine.safetensors"
     assert main([*flags, "--output", str(output), "--against", "demo"]) == 0
     told = capsys.readouterr().out
