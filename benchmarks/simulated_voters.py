@@ -18,6 +18,7 @@ Stages, in order; each keeps what it has in FOLDER and goes on from there:
     inputs    accuracy by what a head reads, with 200 and 800 votes
     votes     accuracy by number of votes, for the taste head and the CLIP-style head
     train     SPO with each head for each taste, and the rule's judgement
+    stages    the judgement of the taste heads' LoRAs at as many updates as the CLIP-style heads' have
     report    docs/taste*.csv and the pictures, from what the other stages left
 
 The CLIP-style head stands in for a step-aware CLIP, whose weights are not at hand: a frozen network that was trained on
@@ -44,19 +45,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spo.compare import win_rate
+from spo.compare import grid, to_picture, win_rate
 from spo.comparison import adapter_from_file
 from spo.demo.judge import HERE, Judge, held_out
 from spo.demo.rule import colourfulness
 from spo.demo.run import demo_config
 from spo.demo.subjects import load as load_classifier
 from spo.diffusion import network_input, training_sigmas
-from spo.errors import SpoError
 from spo.files import write_text, write_whole
-from spo.headless import load_host
-from spo.preference.fit_taste import FitSettings, VoteSet, davidson_loss, fit_taste
+from spo.headless import HeadlessHost, load_host
+from spo.preference.fit_taste import FitSettings, VoteSet, davidson_loss, fit_member, fit_taste
 from spo.preference.protocol import Candidates, PreferenceModel
-from spo.preference.taste import TasteHead, TasteNetwork
+from spo.preference.taste import TasteFacts, TasteHead, TasteNetwork
 from spo.preference.vote_pairs import make_pairs
 from spo.prompts import read_prompts
 from spo.rng import generator, stable_seed
@@ -66,6 +66,7 @@ TASTES = ("colourful", "grey", "large")
 FLIPPED = 0.1
 COUNTS = (50, 100, 200, 400, 800)
 TRAINED_VOTES = 200
+UPDATES, CLIP_UPDATES = 110, 40  # of the LoRA; decoding every candidate is slow
 BATCH = 16
 NOISINGS = 8  # of each pair to vote on, for heads whose inputs are slow to make
 TIMESTEPS = (1, 201, 401, 601)  # where held-out pairs are judged
@@ -387,27 +388,20 @@ def measure_inputs(work: Path) -> None:
             return rows_of(name, taste, count, voted, [reader_differences(readers, noising) for noising in held])
 
         measured(work / "inputs.json", f"{count} {taste} {name}", measure)
-    for count, taste in itertools.product((200, 800), ("colourful", "large")):
-
-        def by_taste_head(count: int = count, taste: str = taste) -> list[Row]:
-            head = fit_taste_head(work, taste, count)
-            differences = [taste_differences(head, noising) for noising in held]
-            return rows_of("noisy latent, fresh noise (taste head)", taste, count, voters(work, taste), differences)
-
-        measured(work / "inputs.json", f"{count} {taste} taste head", by_taste_head)
 
 
 def measure_votes(work: Path) -> None:
+    """Three heads of each kind on the first votes; the taste heads get 200 updates, fewer than the product's 300."""
+    clean = load_pairs(work, "votes")["latents"]
     noisings, held = load_features(work, "votes"), load_features(work, "held_out")
-    for count, taste in itertools.product(COUNTS, TASTES):
+    for count, taste in itertools.product((800, 200, 50, 100, 400), ("colourful", "large", "grey")):
         voted = voters(work, taste)
 
         def by_taste_head(count: int = count, taste: str = taste, voted: Voters = voted) -> list[Row]:
-            try:
-                head = fit_taste_head(work, taste, count)
-            except SpoError as refusal:
-                print(refusal)
-                return []
+            settings, first = FitSettings(updates=200), voted.order[:count]
+            with torch.enable_grad():
+                members = [fit_member(clean[first], voted.answers[:count], settings, member) for member in range(3)]
+            head = TasteHead(members, TasteFacts())
             return rows_of("taste head", taste, count, voted, [taste_differences(head, noising) for noising in held])
 
         def by_vision(count: int = count, taste: str = taste, voted: Voters = voted) -> list[Row]:
@@ -426,11 +420,13 @@ def train_all(work: Path) -> None:
 
 
 def train_one(work: Path, head: str, taste: str) -> None:
+    """Train and judge; the taste head's stage at as many updates as the CLIP-style head gets is judged too."""
     output = work / f"{head}_{taste}.safetensors"
     result = work / f"{head}_{taste}.json"
     if result.exists():
         return
-    config = demo_config(work, {"output": str(output), "preference": head, "sample_every": 0})
+    updates = {"taste": UPDATES, "clip": CLIP_UPDATES}[head]
+    config = demo_config(work, {"output": str(output), "preference": head, "sample_every": 0, "steps": updates})
     host = load_host(config)
     if head == "taste":
         preference: PreferenceModel = fit_taste_head(work, taste, TRAINED_VOTES)
@@ -443,16 +439,29 @@ def train_one(work: Path, head: str, taste: str) -> None:
     if not output.exists():
         with torch.enable_grad():
             train(host, config, read_prompts(config.prompt.prompts), preference, resume=state_of(output).exists())
-    seconds = time.monotonic() - began
+    judge_lora(work, host, output, head, taste, updates, time.monotonic() - began)
+
+
+def judge_stages(work: Path) -> None:
+    """The taste heads' LoRAs at as many updates as the CLIP-style heads' have."""
+    host = load_host(demo_config(work))
+    for taste in TASTES:
+        stage = work / f"taste_{taste}-step{CLIP_UPDATES:06d}.safetensors"
+        if stage.exists():
+            judge_lora(work, host, stage, "taste", taste, CLIP_UPDATES, float("nan"))
+
+
+def judge_lora(work: Path, host: HeadlessHost, lora: Path, head: str, taste: str, updates: int, seconds: float) -> None:
+    """Write NAME.json and NAME_pictures.safetensors beside the LoRA file NAME.safetensors."""
     told, seeds = held_out()
     host.prepare(told)
     base = work / "base.safetensors"
     if not base.exists():
         save_file({"pixels": host.sample(told, seeds).contiguous()}, base)
-    adapter = adapter_from_file(host, output)
+    adapter = adapter_from_file(host, lora)
     pixels = host.sample(told, seeds)
     adapter.remove()
-    save_file({"pixels": pixels.contiguous()}, work / f"{head}_{taste}_pictures.safetensors")
+    save_file({"pixels": pixels.contiguous()}, work / f"{lora.stem}_pictures.safetensors")
     before = load_file(base)["pixels"]
     judge = Judge()
     judged = {
@@ -467,17 +476,109 @@ def train_one(work: Path, head: str, taste: str) -> None:
         "head": head,
         "taste": taste,
         "votes": TRAINED_VOTES,
+        "updates": updates,
         "seconds": seconds,
         "kept_before": judge.judge(before, told).kept_share,
         "kept_after": judge.judge(pixels, told).kept_share,
         "judged": judged,
     }
-    write_text(result, json.dumps(facts, indent=1) + "\n")
+    write_text(work / f"{lora.stem}.json", json.dumps(facts, indent=1) + "\n")
     print(json.dumps(facts), flush=True)
 
 
 def state_of(output: Path) -> Path:
     return run_folder_of(output) / "state.safetensors"
+
+
+def report(work: Path) -> None:
+    """docs/taste_inputs.csv, taste_votes.csv, taste_votes.png, taste_training.csv, taste_grid.png."""
+    docs = Path(__file__).resolve().parent.parent / "docs"
+    for name in ("inputs", "votes"):
+        path = work / f"{name}.json"
+        rows = [row for rows in json.loads(path.read_text()).values() for row in rows] if path.exists() else []
+        rows.sort(key=lambda row: (row["taste"], row["head"], row["votes"], row["timestep"]))
+        write_csv(docs / f"taste_{name}.csv", rows)
+        if name == "votes" and rows:
+            draw_votes(rows, docs / "taste_votes.png")
+    names = [*trained_names(), *(f"taste_{taste}-step{CLIP_UPDATES:06d}" for taste in TASTES)]
+    results = [json.loads((work / f"{name}.json").read_text()) for name in names if (work / f"{name}.json").exists()]
+    write_csv(docs / "taste_training.csv", [training_row(result) for result in results])
+    draw_grid(work, docs / "taste_grid.png")
+
+
+def trained_names() -> list[str]:
+    return [f"{head}_{taste}" for head, taste in itertools.product(("taste", "clip"), TASTES)]
+
+
+def training_row(result: dict[str, Any]) -> dict[str, Any]:
+    by_own = result["judged"][result["taste"]]
+    row = {name: result[name] for name in ("head", "taste", "votes")} | {"updates": result.get("updates", UPDATES)}
+    row |= {name: round(by_own[name], 4) for name in ("before", "after")}
+    row |= {f"win_{name}": round(by_own["wins"][name], 4) for name in ("rate", "low", "high")}
+    row |= {f"{by}_after": round(result["judged"][by]["after"], 4) for by in TASTES}
+    return row | {"kept": round(result["kept_after"], 4), "seconds": round(result["seconds"], 0)}
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    if rows:
+        lines = [",".join(rows[0]), *(",".join(_cell(value) for value in row.values()) for row in rows)]
+        write_text(path, "\n".join(lines) + "\n")
+
+
+def _cell(value: object) -> str:
+    text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f'"{text}"' if "," in text else text
+
+
+def draw_votes(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Accuracy against votes, one panel for each taste, one line for each head and noise level."""
+    from matplotlib.figure import Figure
+
+    shown = [taste for taste in TASTES if any(row["taste"] == taste for row in rows)]
+    figure = Figure(figsize=(4.6 * len(shown), 4.2), dpi=110, facecolor="white")
+    for number, taste in enumerate(shown):
+        axes = figure.add_subplot(1, len(shown), number + 1)
+        for head, style in (("taste head", "o-"), ("CLIP-style head", "s--")):
+            for timestep, colour in zip(TIMESTEPS, ("#1b4f9c", "#3f8fd2", "#e08a1e", "#c0392b"), strict=True):
+                points = [
+                    (row["votes"], row["accuracy"])
+                    for row in rows
+                    if (row["taste"], row["head"], row["timestep"]) == (taste, head, timestep)
+                ]
+                if points:
+                    x, y = zip(*sorted(points), strict=True)
+                    axes.plot(x, y, style, color=colour, markersize=4, linewidth=1.5, label=f"{head}, t = {timestep}")
+        axes.axhline(0.5, color="#667085", linewidth=1, linestyle=":")
+        axes.set_xscale("log")
+        axes.set_xticks(COUNTS, [str(count) for count in COUNTS])
+        axes.minorticks_off()
+        axes.set_ylim(0.42, 0.92)
+        axes.set_title(f"{taste} is preferred", loc="left", fontsize=12)
+        axes.set_xlabel("votes, 10 % flipped")
+        axes.grid(True, color="#e4e7ec")
+        if number == 0:
+            axes.set_ylabel("right about 400 held-out pairs")
+            axes.legend(fontsize=7.5, ncol=2, loc="upper left", frameon=False)
+    figure.tight_layout()
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def draw_grid(work: Path, path: Path, shown: int = 10) -> None:
+    """Held-out prompts, base and every LoRA there is, with the rule's value under each picture."""
+    rows, labels, captions = [], [], []
+    told, _ = held_out()
+    for name in ["base", *trained_names()]:
+        file = work / (f"{name}.safetensors" if name == "base" else f"{name}_pictures.safetensors")
+        if not file.exists():
+            continue
+        pixels = load_file(file)["pixels"][:shown]
+        colour, cover = colourfulness(pixels).tolist(), rule_of("large", pixels).tolist()
+        rows.append([to_picture(picture) for picture in pixels])
+        head, _, taste = name.partition("_")
+        labels.append("base" if not taste else f"{taste}, {'taste head' if head == 'taste' else 'CLIP-style head'}")
+        captions.append([f"colour {c:.0f}, covers {a:.0%}" for c, a in zip(colour, cover, strict=True)])
+    made = grid(rows, labels, told[:shown], captions, title="SPO after 200 votes of simulated voters, 10 % flipped")
+    write_whole(path, lambda temporary: made.save(temporary, "PNG"))
 
 
 def main() -> None:
@@ -496,6 +597,8 @@ STAGES = {
     "inputs": measure_inputs,
     "votes": measure_votes,
     "train": train_all,
+    "stages": judge_stages,
+    "report": report,
 }
 
 

@@ -9,12 +9,18 @@ from spo.checkpoint_file import inspect_checkpoint
 from spo.errors import SpoError
 from spo.lora_file import describe as describe_lora
 from spo.lora_file import read_lora
+from spo.preference.load import scores_noisy_latents
+from spo.preference.taste import describe as describe_taste
+from spo.preference.taste import read_taste
+from spo.tensor_file import open_tensor_file
 
 
 def describe_file(path: Path) -> str:
-    """Lines about a LoRA or a checkpoint; SpoError says what it is when it is neither."""
+    """Lines about a LoRA, a checkpoint or a taste head; SpoError says what it is when it is none of them."""
     if path.is_dir():
         return "\n".join(describe_checkpoint(inspect_checkpoint(path)))
+    if scores_noisy_latents(path):
+        return describe_taste(read_taste(open_tensor_file(path)).facts)
     try:
         lora = read_lora(path)
     except SpoError as not_a_lora:

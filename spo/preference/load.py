@@ -70,6 +70,18 @@ def load(
     )
 
 
+def scores_noisy_latents(name_or_path: str | Path) -> bool:
+    """Whether this names a taste head, so that a rollout decodes nothing and evaluates only who goes on. For plans:
+    False for all that `load` would refuse."""
+    path = Path(name_or_path).expanduser()
+    if path.suffix.lower() != ".safetensors":
+        return False
+    try:
+        return open_tensor_file(path).metadata.get("spo_preference") == "taste"
+    except SpoError:
+        return False
+
+
 def _missing(path: Path, architecture: str) -> str:
     if path == _DEMO_FILE:
         return f'the demo\'s preference model is missing: "{path}" belongs to this project, fetch it again.'

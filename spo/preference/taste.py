@@ -166,3 +166,16 @@ def read_taste(file: TensorFile, device: torch.device | str = "cpu") -> TasteHea
     head = TasteHead(members, facts)
     head.members.to(device)
     return head
+
+
+def describe(facts: TasteFacts) -> str:
+    """A few lines for whoever asks what the file is."""
+    levels = json.loads(facts.accuracy_by_timestep)
+    right = ", ".join(f"{share:.0%} at timestep {timestep}" for timestep, share in levels.items())
+    return "\n".join(
+        [
+            f"{facts.name}: a taste head for {facts.architecture}, fitted to {facts.votes} votes",
+            f"voted on    {facts.checkpoint_name or 'unknown'} {facts.checkpoint_hash}".rstrip(),
+            f"right       about held-out votes: {right}",
+        ]
+    )

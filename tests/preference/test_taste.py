@@ -11,7 +11,7 @@ from spo.cli import main
 from spo.config import build_config
 from spo.errors import SpoError
 from spo.preference.fit_taste import FitSettings, accuracy_of, davidson_loss, fit_taste, fold_of, read_vote_set
-from spo.preference.load import load
+from spo.preference.load import load, scores_noisy_latents
 from spo.preference.protocol import Candidates
 from spo.preference.taste import TasteFacts, TasteHead, TasteNetwork, choose_pair, save_taste
 from spo.preference.votes import VoteFolder
@@ -116,6 +116,7 @@ def test_folds_are_even():
 def test_a_file_is_read_back(fitted, tmp_path):
     save_taste(fitted.head, tmp_path / "mine.safetensors")
     read = load(tmp_path / "mine.safetensors")
+    assert scores_noisy_latents(tmp_path / "mine.safetensors") and not scores_noisy_latents("demo")
     assert isinstance(read, TasteHead) and read.facts == fitted.head.facts and not read.needs_pixels
     x = torch.randn(2, 3, 4, 8, 8)
     assert torch.equal(read.score(candidates(x), ["a"] * 3), fitted.head.score(candidates(x), ["a"] * 3))
@@ -177,6 +178,8 @@ def test_the_command_line(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "54 votes prefer a side, 0 are ties." in told and "always the first" in told and "finished picture" in told
     assert load(output).facts.checkpoint_hash == "0123456789"
+    assert main(["inspect", str(output)]) == 0
+    assert "mine: a taste head for sd15, fitted to 54 votes" in capsys.readouterr().out
     assert main([*flags, "--output", str(output)]) == 2
     assert "exists already" in capsys.readouterr().err
     assert main([*flags, "--output", str(tmp_path / "mine.bin")]) == 2
@@ -210,3 +213,18 @@ def test_another_scorer_sees_the_stored_pictures(tmp_path):
         bright = made.pixels.mean((1, 2, 3))
         folder.add(made, "left" if bright[0] > bright[1] else "right")
     assert accuracy_of(Brightness(), folder, read_vote_set(folder)).share == 1.0
+
+
+def test_the_plan_counts_what_a_taste_head_saves(fitted, tmp_path):
+    from spo.checkpoint_file import inspect_checkpoint
+    from spo.demo.run import demo_config
+    from spo.plan import make_plan
+
+    save_taste(fitted.head, tmp_path / "mine.safetensors")
+
+    def evaluations(preference: str) -> int:
+        config = demo_config(tmp_path, {"preference": preference})
+        return make_plan(config, inspect_checkpoint(config.model.checkpoint), ["ghost"]).network_evaluations
+
+    assert evaluations("demo") == 2 * (5 + 4 * 15)
+    assert evaluations(str(tmp_path / "mine.safetensors")) == 2 * 20
