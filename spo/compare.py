@@ -53,7 +53,7 @@ class WinRate:
 def win_rate(scores_a: Sequence[float], scores_b: Sequence[float]) -> WinRate:
     """How often a's score is above b's, pair by pair (the same prompt and seed in both).
 
-    Wilson's interval (1927), (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n) with p = (wins + ties/2)/n.
+    The interval is `wilson_interval`'s with p = (wins + ties/2)/n.
     Raises SpoError when there is no pair or a score is not finite, ValueError for different numbers of scores.
     """
     if len(scores_a) != len(scores_b):
@@ -65,11 +65,21 @@ def win_rate(scores_a: Sequence[float], scores_b: Sequence[float]) -> WinRate:
         raise SpoError("A score is not finite, so there is no win rate: score in float32.")
     wins, losses = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
     count, ties = len(pairs), len(pairs) - wins - losses
-    rate, z = (wins + ties / 2) / count, 1.959963984540054
-    middle = rate + z * z / (2 * count)
-    half = z * math.sqrt(rate * (1 - rate) / count + (z / (2 * count)) ** 2)
+    rate = (wins + ties / 2) / count
+    low, high = wilson_interval(rate, count)
+    return WinRate(wins, ties, losses, rate, low, high)
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """(low, high) of Wilson's 95 % interval for a share, 0 ... 1, of `count` (at least 1) things.
+
+    Wilson (1927): (p + z^2/2n +- z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n).
+    """
+    z = 1.959963984540054
+    middle = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
     scale = 1 + z * z / count
-    return WinRate(wins, ties, losses, rate, max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale))
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 # ---------------------------------------------------------------------------------------------- tables

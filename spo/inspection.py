@@ -11,10 +11,16 @@ from spo.errors import SpoError
 from spo.lora_file import describe as describe_lora
 from spo.lora_file import read_lora
 from spo.preference.catalogue import describe_preference
+from spo.preference.load import scores_noisy_latents
+from spo.preference.taste import describe as describe_taste
+from spo.preference.taste import read_taste
+from spo.tensor_file import open_tensor_file
 
 
 def describe_file(path: Path) -> str:
     """Lines about a LoRA, a checkpoint or a preference model; SpoError says what it is when it is none of these."""
+    if scores_noisy_latents(path):
+        return describe_taste(read_taste(open_tensor_file(path)).facts)
     with suppress(SpoError):
         return describe_preference(path).text()
     if path.is_dir():

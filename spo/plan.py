@@ -13,6 +13,7 @@ from spo.config import Config
 from spo.diffusion import scaled_linear_alphas_cumprod
 from spo.headless import choose_device, choose_dtype
 from spo.lora import modules_of_kinds
+from spo.preference.load import scores_noisy_latents
 from spo.rollout import pool_starts
 from spo.trainer import batches_per_epoch, ladder_of, rollout_settings
 
@@ -85,7 +86,9 @@ def make_plan(config: Config, checkpoint: CheckpointInfo, prompts: Sequence[str]
     sigmas = ladder_of(config, scaled_linear_alphas_cumprod())
     windows = pool_starts(sigmas, scaled_linear_alphas_cumprod(), rollout_settings(config))
     steps = len(sigmas) - 1
-    in_pools = sum(min(end + 1, steps - 1) - start for start, end in windows)  # calls that see a whole pool
+    noisy = scores_noisy_latents(config.preference.preference)
+    waits = 0 if noisy else 1  # for a verdict on noisy latents no candidate of the window's last step is evaluated
+    in_pools = sum(min(end + waits, steps - 1) - start for start, end in windows)  # calls that see a whole pool
     guidance = 2 if settings.guidance_scale != 1 else 1
     evaluations = guidance * (steps - in_pools + settings.candidates * in_pools)
     transitions = sum(end - start + 1 for start, end in windows)

@@ -2,7 +2,8 @@
 
 `sample_spo` is a sampler over (x, sigma, denoised) of the kind that k-diffusion and the WebUI drive. It calls the
 denoiser once a step: the evaluation of a pool at the next noise level serves the scoring of the pool *and* the next
-step of the candidate that goes on.
+step of the candidate that goes on. A preference model that reads the noisy latents (`needs_denoised` off) scores them
+before that, and only the candidate that goes on is evaluated.
 
 Deliberate differences from the published code: pools may be restricted to a range of timesteps; a last window that
 does not fit its inner steps is scored where it ends; a transition that adds no noise (the last one of a ladder that
@@ -166,6 +167,8 @@ def sample_spo(
     steps = ancestral_step(ladder[:-1], ladder[1:], settings.eta)
     last = len(sigmas) - 2
 
+    scores_noisy = not getattr(preference, "needs_denoised", True)
+
     def denoise(latents: Tensor, level: int) -> Tensor:
         denoised = _denoise(model, latents, sigmas[level], extra, repeat, settings.candidates_per_call)
         if not bool(torch.isfinite(denoised).all()):
@@ -192,7 +195,10 @@ def sample_spo(
         if step <= window[1]:
             path.append(_Transition(step, latents, following))
         latents = following
-        if step < last:
+        waits = scores_noisy and step == window[1] and step < last
+        if waits:
+            denoised = latents
+        elif step < last:
             denoised = denoise(latents, step + 1)
         else:
             flat = latents.flatten(0, 1)
@@ -212,6 +218,8 @@ def sample_spo(
         if watch is not None:
             watch(PoolVerdict(window[0], pool.timestep, pool, scores, selection, parents))
         latents, denoised = (_take(value, parents)[None] for value in (latents, denoised))
+        if waits:
+            denoised = denoise(latents, step + 1)
     kept = Pairs.cat(pairs) if pairs else None
     return Rollout(denoised[0], kept if kept is not None and len(kept) else None, tuple(pools))
 

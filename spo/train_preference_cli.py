@@ -1,4 +1,4 @@
-"""`spo train-preference --kind clip`: train a step-aware CLIP on labelled pairs."""
+"""`spo train-preference`: a taste head from votes, or a step-aware CLIP from labelled pairs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spo.errors import SpoError
+from spo.train_taste_cli import add_taste_arguments, train_taste
 
 _HELP = {
     "steps": "optimizer updates (default: 8000 for SD1.5, 7000 for SDXL)",
@@ -31,10 +32,15 @@ _HOST = ("checkpoint", "vae", "prediction_type", "precision", "device", "negativ
 
 def add_train_preference(command: Callable[[str, Callable[[argparse.Namespace], int], str], Any]) -> None:
     """Add the command to the command line; `command(name, run, text)` makes its parser."""
-    parser = command("train-preference", _run, "Train a preference model on labelled pairs of pictures.")
-    parser.add_argument("--kind", choices=["clip"], default="clip", help="clip: the step-aware CLIP of the paper")
-    parser.add_argument("--data", required=True, help="a folder of pairs, or Pick-a-Pic's parquet files")
-    parser.add_argument("--start", required=True, help="PickScore to start from, or a step-aware CLIP to go on with")
+    parser = command("train-preference", _run, "Make a preference model from votes, or from labelled pairs.")
+    parser.add_argument(
+        "--kind",
+        choices=["taste", "clip"],
+        required=True,
+        help="taste: a small head on noisy latents, from votes; clip: the step-aware CLIP of the paper",
+    )
+    parser.add_argument("--data", help="clip: a folder of pairs, or Pick-a-Pic's parquet files")
+    parser.add_argument("--start", help="clip: PickScore to start from, or a step-aware CLIP to go on with")
     parser.add_argument("--labels-from", default="", metavar="FILE", help="take labels from this model, e.g. PickScore")
     parser.add_argument("--output", required=True, help="the .safetensors file to write")
     parser.add_argument("--resume", action="store_true", help="go on with the run of --output")
@@ -45,6 +51,7 @@ def add_train_preference(command: Callable[[str, Callable[[argparse.Namespace], 
     from spo.config import settings
     from spo.preference.train_clip import ClipTraining
 
+    add_taste_arguments(parser)
     host = parser.add_argument_group("diffusion model")
     for name in _HOST:
         setting = settings()[name]
@@ -62,6 +69,17 @@ def _flag(name: str) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.kind == "taste":
+        options.output = Path(options.output)
+        options.seed = getattr(options, "seed", 0)
+        return train_taste(options)
+    for name in ("data", "start"):
+        if not getattr(options, name):
+            raise SpoError(f"--{name} is missing; a step-aware CLIP needs it.")
+    return _train_clip(options)
+
+
+def _train_clip(options: argparse.Namespace) -> int:
     from spo.checkpoint_file import inspect_checkpoint
     from spo.cli import progress_bar
     from spo.config import NATIVE_SIZE_PX, build_config

@@ -11,7 +11,7 @@ from spo.errors import SpoError
 from spo.preference.mix import SUFFIXES, mix_name, read_mix
 from spo.tensor_file import TensorFile, open_tensor_file
 
-KINDS = ("step-aware CLIP", "latent CNN", "CLIP score", "aesthetic score", "mix")
+KINDS = ("step-aware CLIP", "taste head", "latent CNN", "CLIP score", "aesthetic score", "mix")
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 OFFICIAL_FILES = {
     "sd15": "sd-v1-5_step-aware_preference_model.bin",
@@ -102,7 +102,7 @@ def describe_preference(path: Path) -> PreferenceInfo:
 def describe_opened(path: Path, file: TensorFile) -> PreferenceInfo:
     """The same for a file that is open already; path: what the user named, the file itself or its folder."""
     kind = kind_of(file)
-    timed = kind in ("latent CNN", "step-aware CLIP")
+    timed = kind in ("latent CNN", "taste head", "step-aware CLIP")
     told = file.metadata.get("architecture", "")
     architecture = told if told in OFFICIAL_FILES else named_after(path.name) or "any"
     return PreferenceInfo(
@@ -110,7 +110,7 @@ def describe_opened(path: Path, file: TensorFile) -> PreferenceInfo:
         path.name if path.is_dir() else path.stem,
         kind,
         file.size_bytes,
-        "latents" if kind == "latent CNN" else "pixels",
+        "latents" if kind in ("latent CNN", "taste head") else "pixels",
         timed,
         architecture if timed else "any",
     )
@@ -123,6 +123,8 @@ def kind_of(file: TensorFile) -> str:
 
     if file.metadata.get("spo_preference") == "latent_cnn":
         return "latent CNN"
+    if file.metadata.get("spo_preference") == "taste":
+        return "taste head"
     if is_step_aware_clip(file):
         return "step-aware CLIP"
     if is_plain_clip(file):

@@ -26,7 +26,8 @@ def load(
     """The preference model of that name or in that file, frozen, on `device`.
 
     name_or_path  "demo"; a file or folder of a step-aware CLIP, of PickScore, of HPS, of an aesthetic head (its CLIP
-                  beside it) or of a small latent model as the demo has it; a mix of these, as text or file (see `mix`)
+                  beside it), of a taste head, or of a small latent model as the demo has it; a mix of these, as text
+                  or file (see `mix`)
     dtype         of CLIP networks; the small latent model and the aesthetic head are always float32
     architecture  "sd15" or "sdxl", whose pictures it shall judge; a model made for the other one gets a warning, and
                   so does one that does not know the timestep
@@ -55,6 +56,10 @@ def load(
         from spo.preference.demo_taste import load_demo_taste
 
         return load_demo_taste(path, device)
+    if info.kind == "taste head":
+        from spo.preference.taste import read_taste
+
+        return read_taste(file, device)
     if info.kind == "step-aware CLIP":
         from spo.preference.step_aware_clip import read_step_aware_clip
 
@@ -62,6 +67,18 @@ def load(
     if info.kind == "CLIP score":
         return clip_scores.read_clip_score(path, device=device, dtype=dtype)
     return clip_scores.read_aesthetic_score(path, device=device, dtype=dtype)
+
+
+def scores_noisy_latents(name_or_path: str | Path) -> bool:
+    """Whether this names a taste head, so that a rollout decodes nothing and evaluates only who goes on. For plans:
+    False for all that `load` would refuse."""
+    path = Path(name_or_path).expanduser()
+    if path.suffix.lower() != ".safetensors":
+        return False
+    try:
+        return open_tensor_file(path).metadata.get("spo_preference") == "taste"
+    except SpoError:
+        return False
 
 
 def _missing(path: Path, architecture: str) -> str:

@@ -18,7 +18,8 @@ class Candidates:
     x         [K, B, C, H, W] noisy latents, variance-exploding form
     sigma     the noise level of x, the same for all
     timestep  that noise level on the model's training schedule, 0 ... 999 (paper: t)
-    denoised  [K, B, C, H, W] the guided prediction of the clean latent at (x, sigma)
+    denoised  [K, B, C, H, W] the guided prediction of the clean latent at (x, sigma); x itself, not evaluated yet, for
+              a preference model that has `needs_denoised` off
     decode    [N, C, H, W] latents -> [N, 3, 8 H, 8 W] pictures in [-1, 1], float32
     """
 
@@ -43,6 +44,8 @@ class PreferenceModel(Protocol):
 
     name          what the interface and the file metadata call it
     needs_pixels  whether `score` calls `candidates.pixels()`; a rollout without it needs no VAE
+    needs_denoised  may be left out, and is then True: whether `score` looks at `candidates.denoised` or its pixels; a
+                  rollout without it evaluates the network only for the candidate that goes on
     """
 
     name: str
