@@ -342,7 +342,9 @@ def test_a_real_webui_refuses_the_same():
         assert one_sentence(json.loads(body)["detail"]), (request.body[:200], body[:300])
     print(f"\n{counts.total()} bad requests: {dict(sorted(counts.items()))}")
     if auth:
-        without = Counter(over_http(request, {})[0] for request in bad_requests() if request.method == "POST")
+        # a sender without credentials is answered before a large body is read, which breaks its pipe
+        small = [request for request in bad_requests() if request.method == "POST" and len(request.body) < 50_000]
+        without = Counter(over_http(request, {})[0] for request in small)
         print(f"without credentials: {dict(sorted(without.items()))}")
         assert set(without) <= {401, 404, 405}
     code, body = over_http(BadRequest("/spo/v1/status", "GET"), headers)
