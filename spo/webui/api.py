@@ -265,7 +265,7 @@ def status(now: job.Job | None) -> dict[str, Any]:
     if now is None:
         return {"phase": "idle", "live": False, "message": "Nothing has been started."}
     return {
-        "phase": now.phase,
+        "phase": now.shown_phase,
         "live": now.live,
         "kind": now.kind,
         "name": now.name,

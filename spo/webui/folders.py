@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from spo.errors import SpoError
@@ -75,9 +76,11 @@ def free_name(wanted: str) -> str:
 def run_names() -> list[str]:
     """LoRA names that have a run folder, newest first."""
     folder = lora_folder()
-    states = [path for path in folder.rglob("*.spo/config.json") if path.parent.is_dir()]
-    states.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    return [lora_name(path.parent) for path in states]
+    found = []
+    for path in folder.rglob("*.spo/config.json"):
+        with suppress(FileNotFoundError):  # deleted meanwhile
+            found.append((path.stat().st_mtime, lora_name(path.parent)))
+    return [name for _, name in sorted(found, reverse=True)]
 
 
 def lora_names() -> list[str]:
@@ -89,13 +92,27 @@ def lora_names() -> list[str]:
 
 
 def preference_choices() -> list[str]:
-    """Names of preference models: "demo", then the files in models/SPO."""
-    found = [
-        path.relative_to(preference_folder()).as_posix()
-        for ending in ("*.safetensors", "*.bin")
-        for path in preference_folder().rglob(ending)
-    ]
-    return ["demo", *sorted(found)]
+    """Names of preference models: "demo", then what models/SPO holds."""
+    from spo.preference.catalogue import list_preference_models
+
+    folder = preference_folder()
+    found = list_preference_models(folder).models if folder.exists() else ()
+    return ["demo", *(info.path.name for info in found)]
+
+
+def preference_text(name: str, architecture: str) -> str:
+    """What the page says of a preference model of that name, with warnings for the loaded checkpoint."""
+    from spo.preference.catalogue import describe_preference
+    from spo.preference.load import DEMO_FILE
+
+    if not name:
+        return ""
+    try:
+        info = describe_preference(DEMO_FILE if name == "demo" else Path(preference_path(name)))
+    except SpoError as error:
+        return str(error)
+    only_demo = "For the demo checkpoint only. " if name == "demo" else ""
+    return f"{info.text()}. {only_demo}{info.advice(architecture)}".strip()
 
 
 def preference_path(name: str) -> str:

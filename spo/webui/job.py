@@ -19,7 +19,7 @@ from spo.errors import SpoError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-LIVE = ("waiting", "loading", "working", "stopping")
+LIVE = ("waiting", "loading", "working")
 
 
 class Abandoned(Exception):  # noqa: N818 - not an error
@@ -45,7 +45,8 @@ class PoolPictures:
 class Job:
     """What is known of one piece of work, for pages and the API.
 
-    phase      waiting (in the queue), loading, working, stopping; then finished, stopped or failed
+    phase      waiting (in the queue), loading, working; then finished, stopped or failed. `shown_phase` says
+               "stopping" while a stop is wanted
     kind       "training" or "comparison"; name: the LoRA's or the grid's
     fraction   0 ... 1; eta_s None until known
     message    one sentence for the user; log: what happened on the way
@@ -74,6 +75,10 @@ class Job:
     @property
     def live(self) -> bool:
         return self.phase in LIVE
+
+    @property
+    def shown_phase(self) -> str:
+        return "stopping" if self.live and self.stop_wanted else self.phase
 
     def say(self, text: str) -> None:
         """Put a line into the log and make it the message."""
@@ -137,7 +142,6 @@ def stop(how: str) -> None:
     if job is None or not job.live:
         raise SpoError("Nothing is going on that could be stopped.")
     job.stop_wanted = how
-    job.phase = "stopping" if job.phase != "waiting" else job.phase
     job.say("Stopping, with the state saved ..." if how == "save" else "Stopping at once ...")
 
 

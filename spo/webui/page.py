@@ -34,10 +34,11 @@ def status(job: Job | None) -> str:
         return '<div class="spo-status" data-phase="none"><p class="spo-message">Nothing is going on.</p></div>'
     lora = job.output.stem if job.output is not None else ""
     parts = [
-        f'<div class="spo-status" data-phase="{job.phase}" data-task="{html.escape(job.task)}" data-kind="{job.kind}" '
-        f'data-version="{job.version}" data-live="{int(job.live)}" data-lora="{html.escape(lora)}" role="status" '
+        f'<div class="spo-status" data-phase="{job.shown_phase}" data-task="{html.escape(job.task)}" '
+        f'data-kind="{job.kind}" data-version="{job.version}" data-live="{int(job.live)}" '
+        f'data-lora="{html.escape(lora)}" role="status" '
         'aria-live="polite">',
-        f'<p class="spo-message spo-{job.phase}"><b>{_NAMES[job.phase]}: {html.escape(job.name)}.</b> '
+        f'<p class="spo-message spo-{job.shown_phase}"><b>{_NAMES[job.shown_phase]}: {html.escape(job.name)}.</b> '
         f"{html.escape(job.message)}</p>",
     ]
     if job.pool is not None:
@@ -158,9 +159,19 @@ def _file(path: Path) -> str:
         return f'<img alt="{html.escape(path.stem)}" src="{_uri(picture)}">'
 
 
+def pictures(paths: Sequence[Path]) -> str:
+    """Pictures one below the other."""
+    return f'<div class="spo-samples">{"".join(_file(path) for path in paths)}</div>'
+
+
 def error(text: str) -> str:
     """One sentence that the user must not miss."""
     return f'<p class="spo-message spo-failed" role="alert">{html.escape(text)}</p>'
+
+
+def small(text: str) -> str:
+    """A remark under a field."""
+    return f'<p class="spo-small">{html.escape(text)}</p>'
 
 
 def note(text: str) -> str:

@@ -29,23 +29,22 @@ def build() -> None:
             said = gr.HTML(elem_id="spo_runs_said")
         with gr.Column(scale=5, min_width=420):
             facts = gr.HTML(elem_id="spo_run_facts")
-            gallery = gr.Gallery(label="Samples", columns=1, elem_id="spo_run_samples", height=420)
-    chosen.change(_show, [chosen], [facts, gallery])
+    chosen.change(_show, [chosen], [facts])
     resume.click(
         _resume, [chosen, steps], [said], _js="(...given) => { setTimeout(() => spo_follow(), 1000); return given; }"
     )
     delete.click(_delete, [chosen, files_too], [said, chosen], _js="spo_confirm_delete")
 
 
-def _show(name: str | None) -> tuple[str, list[str]]:
+def _show(name: str | None) -> str:
     if not name:
-        return "", []
+        return ""
     try:
         run = runs.read(name)
     except SpoError as error:
-        return page.error(str(error)), []
-    text = page.note(run.text())
-    return text + (page.curves(run.rows) if run.rows else ""), [str(path) for path in run.samples[-12:]]
+        return page.error(str(error))
+    curves = page.curves(run.rows) if run.rows else ""
+    return f"{page.note(run.text())}{curves}{page.pictures(run.samples[-4:])}"
 
 
 def _resume(name: str | None, steps: float | None) -> str:

@@ -45,10 +45,11 @@ def _train_tab() -> None:
                     folders.preference_choices(),
                     value="demo",
                     label="Preference model",
-                    info="Files in models/SPO; demo is for the demo checkpoint only.",
+                    info="Files in models/SPO.",
                     elem_id="spo_preference",
                 )
                 _refresh_button(preference, folders.preference_choices, "spo_preference_refresh")
+            about_preference = gr.HTML(_about_preference("demo"), elem_id="spo_preference_text")
             prompts = gr.Textbox(label="Prompts, one a line", lines=6, max_lines=14, elem_id="spo_prompts")
             with gr.Row():
                 file = gr.UploadButton("From a file (.txt, .json, .jsonl, .csv)", size="sm", elem_id="spo_prompt_file")
@@ -95,6 +96,7 @@ def _train_tab() -> None:
     chosen.change(
         lambda text: [_about(by_label[text]), *form.preset_values(by_label[text])], [chosen], [about, *values]
     )
+    preference.change(_about_preference, [preference], [about_preference])
     file.upload(_prompts_of_file, [file], [prompts, plan])
     bundled.click(lambda: folders.BUNDLED_PROMPTS.read_text(encoding="utf-8"), [], [prompts])
     check.click(_shown(lambda *given: page.note(plan_text(_request(given)))), asked, [plan])
@@ -180,6 +182,14 @@ def _hello() -> tuple[Any, ...]:
 
 def _about(name: str) -> str:
     return f"<p>{NAMED[name].text}</p>"
+
+
+def _about_preference(name: str | None) -> str:
+    from modules import sd_models
+
+    model = sd_models.model_data.sd_model
+    architecture = "sdxl" if getattr(model, "is_sdxl", False) else "sd15"
+    return page.small(folders.preference_text(str(name or ""), architecture))
 
 
 def _styles() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,8 @@ def prepare(request: TrainingRequest) -> Prepared:
     else:
         styles = list(request.styles)
         prompts = [shared.prompt_styles.apply_styles_to_prompt(text, styles) for text in prompts]
+        if not isinstance(values.get("negative_prompt", ""), str):
+            raise SpoError(f"negative_prompt is {values['negative_prompt']!r}; it must be a text.")
         negative = shared.prompt_styles.apply_negative_styles_to_prompt(values.get("negative_prompt", ""), styles)
         values["negative_prompt"] = negative
     if not prompts:
@@ -116,7 +119,11 @@ def plan_text(request: TrainingRequest) -> str:
 def start_training(request: TrainingRequest) -> Job:
     """Check the request, then train in the WebUI's queue. Raises SpoError at once for what cannot work."""
     prepared = prepare(request)
-    return start("training", request.name, lambda job: _train(job, prepared, request.resume))
+    return start(
+        "training",
+        folders.lora_name(Path(prepared.config.run.output)),
+        lambda job: _train(job, prepared, request.resume),
+    )
 
 
 def _train(job: Job, prepared: Prepared, resume: bool) -> None:
@@ -129,12 +136,16 @@ def _train(job: Job, prepared: Prepared, resume: bool) -> None:
         if host.architecture != prepared.architecture:
             raise SpoError("The checkpoint was changed while this run waited in the queue; press Start again.")
         job.asked_to_stop()
-        preference = load(
-            config.preference.preference,
-            device=host.device,
-            dtype=_dtype(config.preference.preference_precision),
-            architecture=host.architecture,
-        )
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            preference = load(
+                config.preference.preference,
+                device=host.device,
+                dtype=_dtype(config.preference.preference_precision),
+                architecture=host.architecture,
+            )
+        for warning in told:
+            job.say(str(warning.message))
         job.asked_to_stop()
         job.phase = "working"
         job.say(f"Training {job.name} on {host.checkpoint_name}.")
@@ -201,7 +212,7 @@ def _show_in_bar(job: Job, state: Any) -> None:
     state.job_count, state.job_no = (1000, round(job.fraction * 999)) if known else (0, 0)
     if job.eta_s is not None and job.fraction > 0:
         state.time_start = time.time() - job.eta_s * job.fraction / (1 - job.fraction + 1e-9)
-    state.textinfo = f"{job.phase}, update {job.step}"
+    state.textinfo = f"{job.shown_phase}, update {job.step}"
 
 
 def _saved(job: Job, host: WebUIHost, path: Path) -> None:

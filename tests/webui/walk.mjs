@@ -3,7 +3,8 @@
 //
 //     npm install playwright-core; node tests/webui/walk.mjs http://127.0.0.1:7860 FOLDER_FOR_PICTURES
 //
-// CHROMIUM names the browser (default /usr/bin/chromium), UPDATES the length of the run (default 110). Exit 1: a step failed.
+// CHROMIUM names the browser (default /usr/bin/chromium), UPDATES the length of the run (default 110), NAME the LoRA;
+// FROM=compare begins at the comparison, with a LoRA that is there. Exit 1: a step failed.
 import { chromium } from "playwright-core";
 
 const [url, folder] = process.argv.slice(2);
@@ -60,7 +61,7 @@ async function until(what, test, seconds) {
     throw new Error(`${what}: not within ${seconds} s; ${await message()}`);
 }
 
-try {
+async function train() {
     await open();
     await pick("setting_sd_model_checkpoint", "spo-demo");
     await page.waitForTimeout(5000);
@@ -119,7 +120,11 @@ try {
     await page.waitForTimeout(1500);
     await page.evaluate(() => window.scrollTo(0, 0));
     await shot("xyz");
+}
 
+try {
+    if (process.env.FROM !== "compare") await train();
+    else await open();
     await tab("SPO");
     await inner("Compare");
     await page.locator("#spo_compare_refresh").click();
@@ -127,7 +132,7 @@ try {
     await page.locator("#spo_compare_loras input").first().click();
     await page.waitForTimeout(400);
     await page.locator("#spo_compare_loras ul.options li", { hasText: new RegExp(`${NAME}\\s*$`) }).first().click();
-    await page.keyboard.press("Escape");
+    await page.keyboard.press("Tab");
     await fill("spo_compare_prompts", "strawberry\nowl\nrocket");
     await fill("spo_compare_seeds", "1, 2");
     await pick("spo_compare_preference", "demo");
@@ -140,7 +145,7 @@ try {
     await tab("txt2img");
     await page.locator("#txt2img_extra_tabs > .tab-nav button", { hasText: "Lora" }).click();
     await page.waitForTimeout(1000);
-    await page.locator("#txt2img_lora_extra_refresh").click();
+    await page.locator("#txt2img_lora_extra_refresh >> visible=true").first().click();
     await page.waitForTimeout(3000);
     await page.locator("#txt2img_lora_cards_html").scrollIntoViewIfNeeded();
     await shot("cards");
