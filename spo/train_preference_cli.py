@@ -36,8 +36,8 @@ def add_train_preference(command: Callable[[str, Callable[[argparse.Namespace], 
     parser.add_argument(
         "--kind",
         choices=["taste", "clip"],
-        required=True,
-        help="taste: a small head on noisy latents, from votes; clip: the step-aware CLIP of the paper",
+        default="taste",
+        help="taste (the default): a small head on noisy latents, from votes; clip: the step-aware CLIP of the paper",
     )
     parser.add_argument("--data", help="clip: a folder of pairs, or Pick-a-Pic's parquet files")
     parser.add_argument("--start", help="clip: PickScore to start from, or a step-aware CLIP to go on with")

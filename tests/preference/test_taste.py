@@ -120,7 +120,7 @@ def test_a_file_is_read_back(fitted, tmp_path):
     assert isinstance(read, TasteHead) and read.facts == fitted.head.facts and not read.needs_pixels
     x = torch.randn(2, 3, 4, 8, 8)
     assert torch.equal(read.score(candidates(x), ["a"] * 3), fitted.head.score(candidates(x), ["a"] * 3))
-    with pytest.warns(UserWarning, match="was fitted to sd15 pictures"):
+    with pytest.warns(UserWarning, match="was made for sd15, the checkpoint is sdxl"):
         load(tmp_path / "mine.safetensors", architecture="sdxl")
 
 

@@ -147,7 +147,7 @@ try {
     await page.waitForTimeout(1000);
     await page.locator("#txt2img_lora_extra_refresh >> visible=true").first().click();
     await page.waitForTimeout(3000);
-    await page.locator("#txt2img_lora_cards_html").scrollIntoViewIfNeeded();
+    await page.locator("#txt2img_lora_cards_html").first().scrollIntoViewIfNeeded();
     await shot("cards");
     const strange = heard.filter((text) => !known.test(text));
     console.log(strange.length ? "CONSOLE " + strange.join("\n") : "no console errors of ours");
