@@ -594,7 +594,8 @@ def draw_grid(work: Path, path: Path, shown: int = 10) -> None:
         colour, cover = colourfulness(pixels).tolist(), rule_of("large", pixels).tolist()
         rows.append([to_picture(picture) for picture in pixels])
         head, _, taste = name.partition("_")
-        labels.append("base" if not taste else f"{taste}, {'taste head' if head == 'taste' else 'CLIP-style head'}")
+        by = f"taste head, {UPDATES} updates" if head == "taste" else f"CLIP-style head, {CLIP_UPDATES} updates"
+        labels.append(f"{taste}, {by}" if taste else "base")
         captions.append([f"colour {c:.0f}, covers {a:.0%}" for c, a in zip(colour, cover, strict=True)])
     made = grid(rows, labels, told[:shown], captions, title="SPO after 200 votes of simulated voters, 10 % flipped")
     write_whole(path, lambda temporary: made.save(temporary, "PNG"))
