@@ -18,6 +18,7 @@ Stages, in order; each keeps what it has in FOLDER and goes on from there:
     inputs    accuracy by what a head reads, with 200 and 800 votes
     votes     accuracy by number of votes, for the taste head and the CLIP-style head
     train     SPO with each head for each taste, and the rule's judgement
+    rollout   CPU seconds of a rollout with either head
     stages    the judgement of the taste heads' LoRAs at as many updates as the CLIP-style heads' have
     report    docs/taste*.csv and the pictures, from what the other stages left
 
@@ -60,7 +61,7 @@ from spo.preference.taste import TasteFacts, TasteHead, TasteNetwork
 from spo.preference.vote_pairs import make_pairs
 from spo.prompts import read_prompts
 from spo.rng import generator, stable_seed
-from spo.trainer import run_folder_of, train
+from spo.trainer import rollout_settings, run_folder_of, train
 
 TASTES = ("colourful", "grey", "large")
 FLIPPED = 0.1
@@ -447,7 +448,7 @@ def judge_stages(work: Path) -> None:
     host = load_host(demo_config(work))
     for taste in TASTES:
         stage = work / f"taste_{taste}-step{CLIP_UPDATES:06d}.safetensors"
-        if stage.exists():
+        if stage.exists() and not stage.with_suffix(".json").exists():
             judge_lora(work, host, stage, "taste", taste, CLIP_UPDATES, float("nan"))
 
 
@@ -486,6 +487,23 @@ def judge_lora(work: Path, host: HeadlessHost, lora: Path, head: str, taste: str
     print(json.dumps(facts), flush=True)
 
 
+def time_rollouts(work: Path) -> None:
+    """FOLDER/rollout.json: CPU seconds of ten prompts' rollout with either head."""
+    host = load_host(demo_config(work))
+    told = read_prompts(host.config.prompt.prompts)[:10]
+    host.prepare(told)
+    voted, first = voters(work, "colourful"), slice(TRAINED_VOTES)
+    taste = TasteHead([TasteNetwork(FitSettings().width) for _ in range(FitSettings().members)], TasteFacts())
+    clip = ClipStyle(fit_readers("vision", load_features(work, "votes"), voted.order[first], voted.answers[first]))
+    rows = {}
+    for name, preference in (("taste head", taste), ("CLIP-style head", clip)):
+        began = time.process_time()
+        host.rollout(told, list(range(10)), rollout_settings(host.config), preference, None)
+        rows[name] = time.process_time() - began
+    write_text(work / "rollout.json", json.dumps(rows, indent=1) + "\n")
+    print(rows)
+
+
 def state_of(output: Path) -> Path:
     return run_folder_of(output) / "state.safetensors"
 
@@ -516,7 +534,7 @@ def training_row(result: dict[str, Any]) -> dict[str, Any]:
     row |= {name: round(by_own[name], 4) for name in ("before", "after")}
     row |= {f"win_{name}": round(by_own["wins"][name], 4) for name in ("rate", "low", "high")}
     row |= {f"{by}_after": round(result["judged"][by]["after"], 4) for by in TASTES}
-    return row | {"kept": round(result["kept_after"], 4), "seconds": round(result["seconds"], 0)}
+    return row | {"kept": round(result["kept_after"], 4), "seconds": result["seconds"]}
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -527,6 +545,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def _cell(value: object) -> str:
     text = f"{value:.4f}" if isinstance(value, float) else str(value)
+    text = "" if text == "nan" else text
     return f'"{text}"' if "," in text else text
 
 
@@ -575,7 +594,8 @@ def draw_grid(work: Path, path: Path, shown: int = 10) -> None:
         colour, cover = colourfulness(pixels).tolist(), rule_of("large", pixels).tolist()
         rows.append([to_picture(picture) for picture in pixels])
         head, _, taste = name.partition("_")
-        labels.append("base" if not taste else f"{taste}, {'taste head' if head == 'taste' else 'CLIP-style head'}")
+        by = f"taste head, {UPDATES} updates" if head == "taste" else f"CLIP-style head, {CLIP_UPDATES} updates"
+        labels.append(f"{taste}, {by}" if taste else "base")
         captions.append([f"colour {c:.0f}, covers {a:.0%}" for c, a in zip(colour, cover, strict=True)])
     made = grid(rows, labels, told[:shown], captions, title="SPO after 200 votes of simulated voters, 10 % flipped")
     write_whole(path, lambda temporary: made.save(temporary, "PNG"))
@@ -598,6 +618,7 @@ STAGES = {
     "votes": measure_votes,
     "train": train_all,
     "stages": judge_stages,
+    "rollout": time_rollouts,
     "report": report,
 }
 

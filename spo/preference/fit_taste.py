@@ -1,7 +1,7 @@
 """Fit a taste head to votes: Bradley-Terry with ties on noisy latents, with fresh noise at every step.
 
 The noise of a pair's two pictures is independent, as that of a pool's candidates is. (The paper adds the same noise to
-both; measured here, heads fitted so are 3 to 10 points worse where they are used.)
+both; measured on the demo checkpoint, heads fitted so are 1 to 11 points worse on candidates. docs/taste.md)
 
 Votes are dealt into as many folds as the ensemble has members, and each member leaves one fold out. So every vote is
 held out from one member, the accuracy is that of members on votes they have not seen, and no vote is wasted.
