@@ -79,6 +79,39 @@
 
     window.spo_send_to_txt2img = sendToTxt2img;
     window.spo_switch_to = switchTo;
+    // ---- voting: the next pair is fetched when it is ready; keys vote
+
+    const VOTE_KEYS = {
+        ArrowLeft: "spo_vote_left", ArrowRight: "spo_vote_right", ArrowUp: "spo_vote_tie", ArrowDown: "spo_vote_skip",
+        Backspace: "spo_vote_undo"
+    };
+
+    function votePair() {
+        const shown = gradioApp().querySelector("#spo_vote_pair .spo-vote");
+        return shown && shown.offsetParent !== null ? shown : null;
+    }
+
+    setInterval(function() {
+        const shown = votePair();
+        const button = find("spo_vote_refresh");
+        if (shown && button && shown.dataset.ready === "0" && !document.hidden) button.click();
+    }, 700);
+
+    document.addEventListener("keydown", function(event) {
+        const shown = votePair();
+        const target = event.composedPath()[0];
+        const typing = target && /^(INPUT|TEXTAREA|SELECT)$/.test(target.tagName);
+        if (!shown || typing || event.ctrlKey || event.altKey || event.metaKey || event.repeat) return;
+        const button = VOTE_KEYS[event.key] && find(VOTE_KEYS[event.key]);
+        if (!button || (!shown.dataset.pair && event.key !== "Backspace")) return;
+        event.preventDefault();
+        button.click();
+    });
+
+    window.spo_vote_seen = function() {
+        const shown = votePair();
+        return [shown ? shown.dataset.pair : ""];
+    };
     window.spo_refresh_now = function() {
         refresh(true);
     };

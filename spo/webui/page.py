@@ -136,7 +136,7 @@ def _pool(pool: PoolPictures) -> str:
         classes = " ".join(f"spo-{mark.replace(' ', '-')}" for mark in marks)
         cells.append(
             f'<figure class="{classes}"><img alt="candidate {number + 1}: {", ".join(marks) or "neither"}" '
-            f'src="{_uri(picture)}"><figcaption>{score:.2f}<span>{" · ".join(marks)}</span></figcaption></figure>'
+            f'src="{uri(picture)}"><figcaption>{score:.2f}<span>{" · ".join(marks)}</span></figcaption></figure>'
         )
     kept = "kept as a pair" if pool.kept else "too close, not kept"
     return (
@@ -145,7 +145,8 @@ def _pool(pool: PoolPictures) -> str:
     )
 
 
-def _uri(picture: Image) -> str:
+def uri(picture: Image) -> str:
+    """A picture as a data URI (JPEG)."""
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, format="JPEG", quality=88)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -156,12 +157,17 @@ def _file(path: Path) -> str:
 
     with Image.open(path) as picture:
         picture.thumbnail((1400, 1400))
-        return f'<img alt="{html.escape(path.stem)}" src="{_uri(picture)}">'
+        return f'<img alt="{html.escape(path.stem)}" src="{uri(picture)}">'
 
 
 def pictures(paths: Sequence[Path]) -> str:
     """Pictures one below the other."""
     return f'<div class="spo-samples">{"".join(_file(path) for path in paths)}</div>'
+
+
+def row(paths: Sequence[Path]) -> str:
+    """Pictures side by side."""
+    return f'<div class="spo-row spo-vote">{"".join(_file(path) for path in paths)}</div>'
 
 
 def error(text: str) -> str:

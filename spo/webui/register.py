@@ -9,14 +9,15 @@ def register() -> None:
     """Sampler, tab, axes, routes; and the end of our thread before a reload."""
     from modules import script_callbacks
 
-    from spo.webui import job, sampler, tab, xyz
+    from spo.webui import job, sampler, tab, voting, xyz
 
     sampler.register()
     script_callbacks.on_before_ui(xyz.add_axes)
     script_callbacks.on_ui_tabs(tab.tabs)
     script_callbacks.on_app_started(_routes)
-    script_callbacks.on_before_reload(job.end)
-    script_callbacks.on_script_unloaded(job.end)
+    for end in (job.end, voting.end):
+        script_callbacks.on_before_reload(end)
+        script_callbacks.on_script_unloaded(end)
 
 
 def _routes(demo: Any, app: Any) -> None:

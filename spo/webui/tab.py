@@ -1,4 +1,4 @@
-"""The SPO tab: Train, Compare, Runs."""
+"""The SPO tab: Train, Vote, Compare, Runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import gradio as gr
 
 from spo.errors import SpoError
 from spo.presets import NAMED
-from spo.webui import folders, form, job, page, runs_tab, saved_settings
+from spo.webui import compare_tab, folders, form, job, page, runs_tab, saved_settings, vote_tab
 from spo.webui.training import TrainingRequest, plan_text, start_training
 
 _NO_DEMO = "New here? A small demo checkpoint lets you try everything in a few minutes, without a download."
@@ -22,9 +22,9 @@ def tabs() -> list[tuple[Any, str, str]]:
     with gr.Blocks(analytics_enabled=False) as block, gr.Tabs(elem_id="spo_tabs"):
         with gr.TabItem("Train", elem_id="spo_tab_train"):
             _train_tab()
+        with gr.TabItem("Vote", elem_id="spo_tab_vote"):
+            vote_tab.build()
         with gr.TabItem("Compare", elem_id="spo_tab_compare"):
-            from spo.webui import compare_tab
-
             compare_tab.build()
         with gr.TabItem("Runs", elem_id="spo_tab_runs"):
             runs_tab.build()
@@ -107,7 +107,7 @@ def _train_tab() -> None:
     refresh.click(_look, [], [status], queue=False, show_progress="hidden")
     hello.click(_hello, [], [status, chosen, preference, styles], show_progress="hidden")
     send.click(None, [], [], _js="spo_send_to_txt2img")
-    compare.click(None, [], [], _js="() => spo_switch_to(1)")
+    compare.click(None, [], [], _js="() => spo_switch_to(2)")
     save.click(_save_settings, [saved_name, *values], [plan, saved])
     saved.change(_load_settings, [saved], [plan, *values])
     demo.click(_install_demo, [], [demo_said])

@@ -1,0 +1,266 @@
+"""Voting on pairs of the loaded checkpoint's own pictures: pairs made ahead, votes on disk, the head fitted on the way.
+
+A thread makes pairs while the user looks, a few at a time in the WebUI's queue, so that generation goes on in between.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spo.config import Config, build_config
+from spo.errors import SpoError
+from spo.rng import permutation, stable_seed
+from spo.webui import folders, job
+from spo.webui.host import architecture_of, borrowed
+
+if TYPE_CHECKING:
+    from spo.preference.fit_taste import FitReport
+    from spo.preference.taste import TasteHead
+    from spo.preference.votes import Vote, VotePair
+
+READY = 6  # pairs made ahead, from which the one that teaches most is taken
+FIT_EVERY = 25
+FIRST_FIT = 50
+
+
+@dataclass(frozen=True)
+class VotingRequest:
+    """What pairs to make. from_step: first step whose noise differs; None: two seeds."""
+
+    folder: str
+    prompts: Sequence[str]
+    from_step: int | None = 4
+    sampling_steps: int = 20
+    guidance_scale: float = 5.0
+    width: int = 0
+    height: int = 0
+    negative_prompt: str = ""
+
+
+def votes_folder(name: str) -> Path:
+    """models/SPO/votes/NAME. SpoError for a name that is none."""
+    text = (name or "").strip()
+    if not text or text.startswith(".") or not all(letter.isalnum() or letter in " _-." for letter in text):
+        raise SpoError(f'the name of the votes is "{text[:80]}"; give letters, digits, spaces, - and _.')
+    return folders.preference_folder() / "votes" / text
+
+
+def vote_names() -> list[str]:
+    """The vote folders there are."""
+    place = folders.preference_folder() / "votes"
+    return sorted(path.name for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+
+
+@dataclass
+class Session:
+    """One user's voting. Methods are called by the page; `_work` by the thread.
+
+    shown     the pair to vote on, None while none is ready; ready: made ahead; past: voted in this session
+    message   one sentence for the user; report: of the last fit
+    """
+
+    request: VotingRequest
+    config: Config
+    message: str = "Making the first pair ..."
+    shown: VotePair | None = None
+    ready: list[VotePair] = field(default_factory=list)
+    past: list[VotePair] = field(default_factory=list)
+    head: TasteHead | None = None
+    report: FitReport | None = None
+    fitting: bool = False
+    ended: bool = False
+    _made: int = 0
+    _wake: threading.Condition = field(default_factory=threading.Condition)
+
+    def __post_init__(self) -> None:
+        from spo.preference.votes import VoteFolder
+
+        self.votes = VoteFolder(votes_folder(self.request.folder))
+        self.seed = stable_seed("voting", self.request.folder, time.time_ns())
+
+    # ---- the page's side
+
+    def answer(self, answer: str) -> None:
+        """Record the vote on the pair that is shown and show the next one. SpoError when none is shown."""
+        with self._wake:
+            if self.shown is None:
+                raise SpoError("There is no pair to vote on yet; one moment.")
+            self.votes.add(self.shown, answer)
+            self.past.append(self.shown)
+            self.shown = None
+            self._show_next()
+            self._wake.notify_all()
+        count = sum(1 for vote in self.votes.votes() if vote.answer != "skip")
+        if count >= FIRST_FIT and count % FIT_EVERY == 0 and not self.fitting:
+            self.fitting = True
+            threading.Thread(target=self._fit, name="spo fit", daemon=True).start()
+
+    def undo(self) -> None:
+        """Take back the last vote and show its pair again."""
+        with self._wake:
+            undone: Vote | None = self.votes.undo()
+            if undone is None:
+                raise SpoError("There is no vote to take back.")
+            self.message = f'Taken back: "{undone.prompt}".'
+            if self.past and self.past[-1].id == undone.id:
+                if self.shown is not None:
+                    self.ready.insert(0, self.shown)
+                self.shown = self.past.pop()
+
+    def end(self) -> None:
+        with self._wake:
+            self.ended = True
+            self._wake.notify_all()
+
+    # ---- the threads' side
+
+    def _show_next(self) -> None:
+        from spo.preference.taste import choose_pair
+
+        if self.shown is None and self.ready:
+            at = choose_pair(self.head, [pair.latents for pair in self.ready], seed=len(self.past))
+            self.shown = self.ready.pop(at)
+
+    def _work(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self.ended or len(self.ready) < READY)
+                if self.ended:
+                    return
+            try:
+                made = self._make_pairs(1 if self.shown is None else 2)
+            except Exception as error:  # the thread's edge: it reaches the user as the message
+                self._report_failure(error)
+                return
+            with self._wake:
+                self.ready += made
+                self._show_next()
+                if self.message.startswith("Making"):
+                    self.message = ""
+
+    def _report_failure(self, error: Exception) -> None:
+        from modules import errors
+
+        if not isinstance(error, SpoError):
+            errors.report("SPO: making pairs failed", exc_info=True)
+        self.message = f"{error} Voting has ended; the votes are kept."
+        self.ended = True
+
+    def _make_pairs(self, count: int) -> list[VotePair]:
+        from modules import call_queue, shared
+
+        from spo.preference.vote_pairs import make_pairs
+
+        with call_queue.queue_lock:
+            if self.ended:
+                return []
+            shared.state.begin(job="SPO voting")
+            try:
+                with borrowed(self.config) as host:
+                    host.prepare(list(self.request.prompts))
+                    chosen = [self._position(self._made + n) for n in range(count)]
+                    self._made += count
+                    return make_pairs(
+                        host,
+                        [prompt for prompt, _ in chosen],
+                        [seed for _, seed in chosen],
+                        self.request.from_step,
+                        self.config.rollout.eta,
+                    )
+            finally:
+                shared.state.end()
+
+    def _position(self, index: int) -> tuple[str, int]:
+        """Prompt and seed of pair number `index`: all prompts in turn, in another order each time round."""
+        prompts = self.request.prompts
+        round_, within = divmod(index, len(prompts))
+        order = permutation(len(prompts), self.seed, round_).tolist()
+        return prompts[order[within]], stable_seed(self.seed, index) % 2**32
+
+    def _fit(self) -> None:
+        from spo.preference.fit_taste import fit_taste, read_vote_set
+
+        try:
+            fitted = fit_taste(read_vote_set(self.votes), name=self.request.folder)
+            self.head, self.report = fitted.head, fitted.report
+            self.message = ""
+        except SpoError as error:
+            self.message = str(error)
+        finally:
+            self.fitting = False
+
+
+_session: Session | None = None
+_thread: threading.Thread | None = None
+
+
+def current() -> Session | None:
+    """The voting that goes on, or the last one."""
+    return _session
+
+
+def start(request: VotingRequest) -> Session:
+    """Begin to make pairs. SpoError for what cannot work; an earlier session ends."""
+    global _session, _thread
+    from modules import sd_models, shared
+
+    model = sd_models.model_data.get_sd_model()
+    architecture = architecture_of(model)
+    folder = votes_folder(request.folder)
+    prompts = [text.strip() for text in request.prompts if text.strip()]
+    if not prompts:
+        raise SpoError("There are no prompts; write some, one a line, or take the bundled list.")
+    values = {
+        "checkpoint": model.sd_checkpoint_info.filename,
+        "prompts": "voting",
+        "output": str(folder / "none.safetensors"),
+        "preference": "none",
+        "width": request.width,
+        "height": request.height,
+        "sampling_steps": request.sampling_steps,
+        "guidance_scale": request.guidance_scale,
+        "negative_prompt": request.negative_prompt,
+        "clip_skip": int(shared.opts.CLIP_stop_at_last_layers),
+    }
+    config = build_config(values, architecture)
+    last = config.rollout.sampling_steps - 1
+    if request.from_step is not None and not 0 <= request.from_step < last:
+        raise SpoError(f"The step where pictures part ways is {request.from_step}; accepted is 0 to {last - 1}.")
+    running = job.current()
+    if running is not None and running.live:
+        raise SpoError(f'"{running.name}" is still going on; stop it or wait for its end.')
+    end()
+    _session = Session(VotingRequest(**{**vars(request), "prompts": prompts}), config)
+    _thread = threading.Thread(target=_session._work, name="spo voting", daemon=True)
+    _thread.start()
+    return _session
+
+
+def end(timeout_s: float = 120.0) -> None:
+    """End the voting and wait for its thread; votes are on disk already. For Reload UI, too."""
+    if _session is not None:
+        _session.end()
+    if _thread is not None and _thread.is_alive():
+        _thread.join(timeout_s)
+
+
+def fit(folder: str, name: str, progress: Callable[[float], None] | None = None) -> str:
+    """Fit a taste head to the votes and save it in models/SPO as NAME.safetensors; a text about it. SpoError."""
+    from spo.files import exists_already
+    from spo.preference.fit_taste import fit_taste, read_vote_set
+    from spo.preference.taste import save_taste
+    from spo.preference.votes import VoteFolder
+
+    votes_folder(name)  # the same rule for names
+    path = folders.preference_folder() / f"{name.strip()}.safetensors"
+    if path.exists():
+        raise exists_already(path)
+    fitted = fit_taste(read_vote_set(VoteFolder(votes_folder(folder))), name=name.strip(), progress=progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_taste(fitted.head, path)
+    return f"{fitted.report.text()}\n\nSaved as {path.name}: choose it as the preference model in the Train tab."
