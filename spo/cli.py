@@ -114,7 +114,7 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
 
     values: dict[str, Any] = {}
     if getattr(options, "resume", False) and hasattr(options, "output"):
-        saved = run_folder_of(options.output) / "config.json"
+        saved = run_folder_of(options.output, getattr(options, "run_folder", "")) / "config.json"
         values |= read_config_file(saved) if saved.exists() else {}
     if getattr(options, "config", None):
         values |= read_config_file(options.config)

@@ -127,6 +127,7 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class RunConfig:
     output: str = _setting("", "the LoRA file to write, NAME.safetensors")
+    run_folder: str = _setting("", "folder for the run's state, metrics and samples; none: NAME.spo beside the LoRA")
     seed: int = _setting(0, "everything random follows from it", low=0, high=2**63 - 1)
     save_every: int = _setting(
         100, "save the state and a stage of the LoRA every so many updates; 0: only at the end", low=0

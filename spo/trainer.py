@@ -170,9 +170,9 @@ class Watcher:
     saved: Callable[[Path], None] = lambda path: None
 
 
-def run_folder_of(output: str | Path) -> Path:
-    """Where a run keeps its state, metrics, samples: `NAME.spo` beside NAME.safetensors."""
-    return Path(output).with_suffix(".spo")
+def run_folder_of(output: str | Path, run_folder: str = "") -> Path:
+    """Where a run keeps its state, metrics, samples: `run_folder`, or `NAME.spo` beside NAME.safetensors."""
+    return Path(run_folder) if run_folder else Path(output).with_suffix(".spo")
 
 
 def batches_per_epoch(prompts: int, config: Config) -> int:
@@ -285,7 +285,7 @@ class _Run:
         self.host, self.config, self.prompts = host, config, list(prompts)
         self.preference, self.watcher = preference, watcher
         self.output = Path(config.run.output)
-        self.folder = run_folder_of(self.output)
+        self.folder = run_folder_of(self.output, config.run.run_folder)
         self.position, self.statistics = Position(), BatchStatistics()
         self.pending: Pairs | None = None
         self.metrics_row: dict[str, float] = {}
@@ -663,7 +663,7 @@ def check_output(config: Config) -> None:
     output = Path(config.run.output)
     if not config.run.output or output.suffix != ".safetensors":
         raise SpoError(f'output is "{config.run.output}"; it must be the name of a .safetensors file.')
-    folder = run_folder_of(output)
+    folder = run_folder_of(output, config.run.run_folder)
     if not config.run.replace:
         for path in (output, folder / "state.spo"):
             if path.exists():
@@ -691,7 +691,7 @@ def _check_same_run(saved: dict[str, Any], config: Config) -> None:
     """Resuming changes nothing but how long to go on, how often to save, and what of the machine to use."""
     free = {"steps", "epochs", "save_every", "keep_last", "sample_every", "sample_prompts", "sample_seed", "replace",
             "device", "pairs_per_call", "candidates_per_call", "decode_batch", "checkpoint", "prompts", "output",
-            "gradient_checkpointing", "vae", "preference", "start_from",
+            "run_folder", "gradient_checkpointing", "vae", "preference", "start_from",
             "precision", "learning_rate", "clip_norm"}  # fmt: skip
     now = config.flat()
     for name, value in saved.items():

@@ -7,7 +7,6 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from spo.errors import SpoError
-from spo.trainer import run_folder_of
 
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 _FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f\x7f,]')
@@ -68,27 +67,31 @@ def free_name(wanted: str) -> str:
     for number in range(1, 1000):
         name = wanted if number == 1 else f"{wanted}-{number}"
         path = lora_path(name)
-        if not path.exists() and not run_folder_of(path).exists():
+        if not path.exists() and not run_folder(name).exists():
             return name
     raise SpoError(f'there are a thousand LoRAs called "{wanted}" already; choose another name.')
 
 
+def run_folder(name: str) -> Path:
+    """Where the run of a LoRA name is kept: models/SPO/runs, so that the Lora tab shows no folders of ours."""
+    path = lora_path(name)
+    return preference_folder() / "runs" / f"{lora_name(path)}.spo"
+
+
 def run_names() -> list[str]:
     """LoRA names that have a run folder, newest first."""
-    folder = lora_folder()
-    found = []
-    for path in folder.rglob("*.spo/config.json"):
+    place, found = preference_folder() / "runs", []
+    for path in place.rglob("*.spo/config.json"):
         with suppress(FileNotFoundError):  # deleted meanwhile
-            found.append((path.stat().st_mtime, lora_name(path.parent)))
+            found.append((path.stat().st_mtime, path.parent.relative_to(place).as_posix().removesuffix(".spo")))
     return [name for _, name in sorted(found, reverse=True)]
 
 
 def lora_names() -> list[str]:
     """Every LoRA file in the folder, those that SPO trained first (they have settings or stages), then by name."""
-    paths = list(lora_folder().rglob("*.safetensors"))
-    ours = {path for path in paths if run_folder_of(path).exists() or path.with_suffix(".spo.json").exists()}
-    ours |= {path for path in paths if run_folder_of(path.with_stem(path.stem.rpartition("-step")[0] or "-")).exists()}
-    return [lora_name(path) for path in sorted(paths, key=lambda path: (path not in ours, str(path).lower()))]
+    names = [lora_name(path) for path in lora_folder().rglob("*.safetensors")]
+    runs = set(run_names())
+    return sorted(names, key=lambda name: (not {name, name.rpartition("-step")[0]} & runs, name.lower()))
 
 
 def preference_choices() -> list[str]:

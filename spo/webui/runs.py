@@ -10,7 +10,7 @@ from typing import Any
 
 from spo.config import read_config_file
 from spo.errors import SpoError
-from spo.trainer import run_folder_of, stages
+from spo.trainer import stages
 from spo.webui import cards, folders
 
 # what training writes into a run folder; nothing else is ever deleted
@@ -51,7 +51,7 @@ class Run:
 def read(name: str) -> Run:
     """The run of that name. Raises SpoError when there is none."""
     output = folders.lora_path(name)
-    folder = run_folder_of(output)
+    folder = folders.run_folder(name)
     if not (folder / "config.json").exists():
         raise SpoError(f'there is no run called "{name}".')
     return Run(
@@ -77,7 +77,7 @@ def delete(name: str, lora_too: bool) -> int:
     """Delete a run's own files, and its LoRA, stages and cards when asked; how many. What others put there stays."""
     run = read(name)
     output = folders.lora_path(name)
-    folder = run_folder_of(output)
+    folder = folders.run_folder(name)
     doomed = [folder / own for own in _OWN_FILES] + run.samples + sorted((folder / "tensorboard").glob("events.*"))
     if lora_too:
         for lora in [output, *run.stages]:

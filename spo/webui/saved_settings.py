@@ -44,9 +44,7 @@ def load(name: str) -> dict[str, Any]:
     if name not in names():
         raise SpoError(f'there are no settings called "{name}".')
     if name.startswith(_RUN):
-        from spo.trainer import run_folder_of
-
-        path = run_folder_of(folders.lora_path(name.removeprefix(_RUN))) / "config.json"
+        path = folders.run_folder(name.removeprefix(_RUN)) / "config.json"
     else:
         path = _folder() / f"{name}.json"
     values = read_config_file(path)

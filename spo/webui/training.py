@@ -13,7 +13,7 @@ from spo.config import Config, build_config, read_config_file
 from spo.errors import SpoError
 from spo.prompts import read_prompts
 from spo.rollout import PoolVerdict
-from spo.trainer import Progress, TrainingReport, Watcher, check_output, run_folder_of, stages, train
+from spo.trainer import Progress, TrainingReport, Watcher, check_output, stages, train
 from spo.webui import cards, folders, runs
 from spo.webui.host import architecture_of, borrowed
 from spo.webui.job import Job, PoolPictures, start
@@ -33,6 +33,7 @@ HOST_OWNED = {
     "precision": "the WebUI's own precision",
     "device": "the WebUI's own device",
     "output": "the LoRA name",
+    "run_folder": "the LoRA name",
     "prompts": "the prompts given",
 }
 SHOWN_PX = 192
@@ -73,7 +74,7 @@ def prepare(request: TrainingRequest) -> Prepared:
             raise SpoError(f"{name} is not a setting here: it comes from {HOST_OWNED[name]}; leave it out.")
     values, prompts = dict(request.settings), [text.strip() for text in request.prompts if text.strip()]
     if request.resume:
-        folder = run_folder_of(path)
+        folder = folders.run_folder(request.name)
         if not (folder / "config.json").exists():
             raise SpoError(f'there is no run "{request.name}" to resume.')
         values = {**read_config_file(folder / "config.json"), **values}
@@ -92,8 +93,9 @@ def prepare(request: TrainingRequest) -> Prepared:
         raise SpoError(f"No preference model is chosen; put one into {folders.preference_folder()} and choose it.")
     values |= {
         "checkpoint": model.sd_checkpoint_info.filename,
-        "prompts": str(run_folder_of(path) / "prompts.json"),
+        "prompts": str(folders.run_folder(request.name) / "prompts.json"),
         "output": str(path),
+        "run_folder": str(folders.run_folder(request.name)),
         "clip_skip": int(shared.opts.CLIP_stop_at_last_layers),
         "device": "auto",
         "precision": "auto",
@@ -184,7 +186,7 @@ def _watcher(job: Job, host: WebUIHost, preference: PreferenceModel) -> Watcher:
     from modules import shared
 
     shown = _PoolShown(job, host, preference)
-    folder = run_folder_of(host.config.run.output)
+    folder = Path(host.config.run.run_folder)
     job.rows.extend(runs.metrics(folder))
 
     def progress(now: Progress) -> None:

@@ -179,7 +179,7 @@ class Session:
         """Prompt and seed of pair number `index`: all prompts in turn, in another order each time round."""
         prompts = self.request.prompts
         round_, within = divmod(index, len(prompts))
-        order = permutation(len(prompts), self.seed, round_).tolist()
+        order = permutation(len(prompts), self.seed, round_)
         return prompts[order[within]], stable_seed(self.seed, index) % 2**32
 
     def _fit(self) -> None:

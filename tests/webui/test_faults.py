@@ -96,7 +96,7 @@ def one_run(kind, chance, name, monkeypatch):
 def test_fifty_faults_leave_no_trace(webui, monkeypatch, checkpoint):  # noqa: F811
     from modules import shared
 
-    from spo.webui import runs
+    from spo.webui import folders, runs
 
     model = load(checkpoint)
     before = txt2img("Euler a")
@@ -114,7 +114,7 @@ def test_fifty_faults_leave_no_trace(webui, monkeypatch, checkpoint):  # noqa: F
         assert not any(parameter.grad is not None for parameter in model.parameters())
         assert not shared.state.interrupted
         assert shared.state.job == ""
-        if (Path(shared.cmd_opts.lora_dir) / f"{name}.spo" / "config.json").exists():
+        if (folders.run_folder(name) / "config.json").exists():
             runs.delete(name, True)
         alive = {thread.name for thread in threading.enumerate() if thread.is_alive()}
         assert not any(thread.startswith("spo ") for thread in alive)
