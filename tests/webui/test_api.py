@@ -248,8 +248,8 @@ def test_compare_is_asked_for(client, monkeypatch):
 
 def test_runs_are_listed_even_where_one_is_damaged(client, tmp_path):
     for name, metrics in (("one", "step,loss\n4,0.5\n"), ("broken", "step\nx\n")):
-        folder = tmp_path / "Lora" / f"{name}.spo"
-        folder.mkdir()
+        folder = sys.modules["spo.webui.folders"].run_folder(name)
+        folder.mkdir(parents=True)
         (folder / "config.json").write_text('{"steps": 9}', encoding="utf-8")
         (folder / "metrics.csv").write_text(metrics, encoding="utf-8")
     (tmp_path / "Lora" / "one.safetensors").write_bytes(b"")
