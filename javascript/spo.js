@@ -78,7 +78,10 @@
     }
 
     window.spo_send_to_txt2img = sendToTxt2img;
-    window.spo_switch_to = switchTo;
+    window.spo_to_compare = function(prompts) {
+        switchTo(2);
+        return [prompts];
+    };
     // ---- voting: the next pair is fetched when it is ready; keys vote
 
     const VOTE_KEYS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import gradio as gr
@@ -15,7 +16,17 @@ _NO_SCORES = "none"
 T = TypeVar("T", int, float)
 
 
-def build() -> None:
+@dataclass(frozen=True)
+class CompareFields:
+    """The fields that another tab may fill in."""
+
+    loras: Any
+    prompts: Any
+    width: Any
+    height: Any
+
+
+def build() -> CompareFields:
     """The tab's contents; call inside its TabItem."""
     from modules import sd_samplers
     from modules.ui_common import create_refresh_button
@@ -65,6 +76,7 @@ def build() -> None:
     asked = [prompts, loras, weights, seeds, preference, negative, sampler, steps, guidance, width, height]
     start.click(_start, asked, [said]).then(None, [], [], _js="() => spo_refresh_now()")
     stop.click(_stop, [], [said], queue=False)
+    return CompareFields(loras, prompts, width, height)
 
 
 def _start(*given: Any) -> str:

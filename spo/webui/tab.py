@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import gradio as gr
 
 from spo.errors import SpoError
 from spo.presets import NAMED
-from spo.webui import compare_tab, folders, form, job, page, runs_tab, saved_settings, vote_tab
+from spo.webui import compare_tab, folders, form, job, page, runs, runs_tab, saved_settings, vote_tab
 from spo.webui.training import TrainingRequest, plan_text, start_training
 
 _NO_DEMO = "New here? A small demo checkpoint lets you try everything in a few minutes, without a download."
@@ -21,17 +22,27 @@ def tabs() -> list[tuple[Any, str, str]]:
     """For script_callbacks.on_ui_tabs."""
     with gr.Blocks(analytics_enabled=False) as block, gr.Tabs(elem_id="spo_tabs"):
         with gr.TabItem("Train", elem_id="spo_tab_train"):
-            _train_tab()
+            train = _train_tab()
         with gr.TabItem("Vote", elem_id="spo_tab_vote"):
             vote_tab.build()
         with gr.TabItem("Compare", elem_id="spo_tab_compare"):
-            compare_tab.build()
+            fields = compare_tab.build()
         with gr.TabItem("Runs", elem_id="spo_tab_runs"):
             runs_tab.build()
+        outputs = [fields.loras, fields.prompts, fields.width, fields.height]
+        train.compare.click(_to_compare, [train.prompts], outputs, _js="spo_to_compare")
     return [(block, "SPO", "spo")]
 
 
-def _train_tab() -> None:
+@dataclass(frozen=True)
+class _TrainFields:
+    """What the other tabs are told from."""
+
+    compare: Any
+    prompts: Any
+
+
+def _train_tab() -> _TrainFields:
     presets = [(preset.label, name) for name, preset in NAMED.items()]
     labels = [text for text, _ in presets]
     by_label = dict(presets)
@@ -107,10 +118,10 @@ def _train_tab() -> None:
     refresh.click(_look, [], [status], queue=False, show_progress="hidden")
     hello.click(_hello, [], [status, chosen, preference, styles], show_progress="hidden")
     send.click(None, [], [], _js="spo_send_to_txt2img")
-    compare.click(None, [], [], _js="() => spo_switch_to(2)")
     save.click(_save_settings, [saved_name, *values], [plan, saved])
     saved.change(_load_settings, [saved], [plan, *values])
     demo.click(_install_demo, [], [demo_said])
+    return _TrainFields(compare, prompts)
 
 
 def _request(given: tuple[Any, ...]) -> TrainingRequest:
@@ -159,6 +170,21 @@ def _look() -> str:
     if current is not None:
         current.looked_at_s = time.time()
     return page.status(current)
+
+
+def _to_compare(prompts: str) -> tuple[Any, ...]:
+    """The last LoRA, three of its prompts and its size, for the Compare tab."""
+    current, nothing = job.current(), gr.update()
+    if current is None or current.kind != "training" or current.output is None:
+        return nothing, nothing, nothing, nothing
+    try:
+        config = runs.read(current.name).config
+    except SpoError:
+        return nothing, nothing, nothing, nothing
+    lora = folders.lora_name(current.output)
+    told = "\n".join((prompts or "").splitlines()[:3])
+    size = [gr.update(value=config[side]) for side in ("width", "height")]
+    return gr.update(choices=folders.lora_names(), value=[lora]), told or nothing, *size
 
 
 def _hello() -> tuple[Any, ...]:
