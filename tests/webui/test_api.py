@@ -25,71 +25,11 @@ testclient = pytest.importorskip("fastapi.testclient", exc_type=ImportError)
 
 from fastapi import FastAPI  # noqa: E402
 
+from tests.webui import stand_in  # noqa: E402
 from tests.webui.bad_requests import GOOD, BadRequest, bad_requests  # noqa: E402
 
 URL = os.environ.get("SPO_WEBUI_URL", "")
-
-
-class _Styles:
-    def __init__(self):
-        self.styles = {"soft": SimpleNamespace(prompt="soft light"), "--- old ---": SimpleNamespace(prompt=None)}
-
-    def apply_styles_to_prompt(self, prompt, names):
-        return ", ".join([prompt, *(self.styles[name].prompt for name in names)])
-
-    def apply_negative_styles_to_prompt(self, prompt, names):
-        return prompt + ""
-
-
-class _Network:
-    def parameters(self):
-        yield SimpleNamespace(shape=(320, 4, 3, 3))
-
-
-@pytest.fixture
-def webui(monkeypatch, tmp_path):
-    """A stand-in for the parts of `modules` that the routes touch. webui.shared is its module of that name."""
-    flags = SimpleNamespace(api=True, nowebui=False, api_auth="", lora_dir=str(tmp_path / "Lora"), lowvram=False)
-    state = SimpleNamespace(interrupted=False, stopping_generation=False, begin=lambda job: None, end=lambda: None)
-    model = SimpleNamespace(
-        sd_checkpoint_info=SimpleNamespace(filename=str(tmp_path / "model.safetensors"), title="model"),
-        model=SimpleNamespace(diffusion_model=SimpleNamespace(input_blocks=[_Network()])),
-    )
-    nothing = lambda *_, **__: None  # noqa: E731
-    parts = {
-        "shared": {
-            "cmd_opts": flags,
-            "state": state,
-            "prompt_styles": _Styles(),
-            "opts": SimpleNamespace(CLIP_stop_at_last_layers=1),
-        },
-        "sd_models": {"model_data": SimpleNamespace(get_sd_model=lambda: model)},
-        "lowvram": {"is_enabled": lambda _: False},
-        "sd_unet": {"current_unet": None},
-        "progress": {
-            "create_task_id": lambda kind: f"task({kind})",
-            "add_task_to_queue": nothing,
-            "start_task": nothing,
-            "finish_task": nothing,
-        },
-        "call_queue": {"queue_lock": threading.Lock()},
-        "devices": {"torch_gc": nothing},
-        "errors": {"report": nothing},
-        "paths_internal": {"models_path": str(tmp_path)},
-    }
-    package = ModuleType("modules")
-    monkeypatch.setitem(sys.modules, "modules", package)
-    for name, values in parts.items():
-        module = ModuleType(f"modules.{name}")
-        vars(module).update(values)
-        setattr(package, name, module)
-        monkeypatch.setitem(sys.modules, f"modules.{name}", module)
-    (tmp_path / "Lora").mkdir()
-    from spo.webui import job
-
-    monkeypatch.setattr(job, "_current", None)
-    monkeypatch.setattr(job, "_thread", None)
-    return package
+webui = stand_in.webui
 
 
 def client_of(webui):
