@@ -15,7 +15,7 @@ MODULES = {
     for path in SPO.rglob("*.py")
 }
 TORCH_ONLY = {"spo.diffusion", "spo.pairs", "spo.loss"}
-WEBUI_ONLY = {"modules", "gradio", "fastapi"}
+WEBUI_ONLY = {"modules", "gradio", "fastapi", "starlette"}
 HEADLESS = {
     "spo.diffusers_host",
     "spo.headless",

@@ -80,7 +80,7 @@ def test_it_needs_the_standard_library_only():
 def test_the_webui_brings_everything_else_that_is_imported():
     # in the list of packages of a clean WebUI 1.10.1; k_diffusion is one of its repositories
     brought = {"torch", "numpy", "PIL", "safetensors", "transformers", "matplotlib", "tqdm", "yaml", "open_clip"}
-    optional = {"bitsandbytes"}
+    optional = {"bitsandbytes", "pyarrow"}
     known = {*sys.stdlib_module_names, "spo", *brought, *optional, *WEBUI_ONLY, "k_diffusion", "peft", "diffusers"}
     for name, path in MODULES.items():
         tops = {module.split(".")[0] for module in imports(path)}

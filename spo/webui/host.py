@@ -367,6 +367,18 @@ class WebUIHost:
         pixels = [sd_samplers_common.decode_first_stage(self.model, part).float() for part in parts]
         return torch.cat(pixels).clamp(-1, 1)
 
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """[N, 3, H, W] pictures in [-1, 1] -> [N, 4, H / 8, W / 8] latents, the mean of the user's VAE's encoding."""
+        from modules import devices
+
+        stage = self.model.first_stage_model
+        with devices.without_autocast():
+            encoded = self.model.encode_first_stage(pixels.to(next(stage.parameters()).dtype))
+            if hasattr(encoded, "mode"):
+                return self.model.scale_factor * encoded.mode()
+            return self.model.get_first_stage_encoding(encoded)
+
     # ---- training
 
     def denoise(self, x: Tensor, sigma: Tensor, prompts: Sequence[str], step: Tensor) -> Tensor:

@@ -110,10 +110,11 @@ def current() -> Job | None:
     return _current
 
 
-def start(kind: str, name: str, work: Callable[[Job], None]) -> Job:
+def start(kind: str, name: str, work: Callable[[Job], None], *, queued: bool = True) -> Job:
     """Begin `work` in the WebUI's queue and return at once. Raises SpoError while other work of ours goes on.
 
-    work  ends by returning (phase "finished" unless it set another), by SpoError or by any other exception
+    work    ends by returning (phase "finished" unless it set another), by SpoError or by any other exception
+    queued  off: it does not touch the checkpoint, so generation need not wait for it
     """
     global _current, _thread
     from modules import progress
@@ -123,9 +124,11 @@ def start(kind: str, name: str, work: Callable[[Job], None]) -> Job:
             assert _current is not None
             raise BusyError(f'"{_current.name}" is still going on; stop it or wait for its end.')
         job = Job(kind, name, progress.create_task_id("spo"))
-        progress.add_task_to_queue(job.task)
+        if queued:
+            progress.add_task_to_queue(job.task)
         _current = job
-        _thread = threading.Thread(target=_run, args=(job, work), name=f"spo {kind}", daemon=True)
+        run = _run_queued if queued else _run
+        _thread = threading.Thread(target=run, args=(job, work), name=f"spo {kind}", daemon=True)
         _thread.start()
     return job
 
@@ -153,29 +156,14 @@ def end(timeout_s: float = 120.0) -> None:
         thread.join(timeout_s)
 
 
-def _run(job: Job, work: Callable[[Job], None]) -> None:
-    from modules import call_queue, devices, errors, progress, shared
+def _run_queued(job: Job, work: Callable[[Job], None]) -> None:
+    from modules import call_queue, devices, progress, shared
 
     with call_queue.queue_lock:
         shared.state.begin(job=job.task)
         progress.start_task(job.task)
         try:
-            if job.stop_wanted:
-                raise Abandoned
-            job.phase = "loading"
-            work(job)
-            if job.live:
-                job.phase = "finished"
-        except SpoError as error:
-            job.phase = "failed"
-            job.say(str(error))
-        except Abandoned:
-            job.phase = "stopped"
-            job.say("Stopped. What was saved before is still there.")
-        except BaseException as error:  # the WebUI's InterruptedException is not an Exception
-            job.phase = "failed"
-            job.say(f"{type(error).__name__}: {error}. The details are in the WebUI's console.")
-            errors.report(f"SPO: {job.kind} of {job.name} failed", exc_info=True)
+            _run(job, work)
         finally:
             progress.finish_task(job.task)
             shared.state.end()
@@ -183,3 +171,26 @@ def _run(job: Job, work: Callable[[Job], None]) -> None:
             shared.state.textinfo = None
             devices.torch_gc()
             job.version += 1
+
+
+def _run(job: Job, work: Callable[[Job], None]) -> None:
+    """Do the work; however it ends, the job says so."""
+    from modules import errors
+
+    try:
+        if job.stop_wanted:
+            raise Abandoned
+        job.phase = "loading"
+        work(job)
+        if job.live:
+            job.phase = "finished"
+    except SpoError as error:
+        job.phase = "failed"
+        job.say(str(error))
+    except Abandoned:
+        job.phase = "stopped"
+        job.say("Stopped. What was saved before is still there.")
+    except BaseException as error:  # the WebUI's InterruptedException is not an Exception
+        job.phase = "failed"
+        job.say(f"{type(error).__name__}: {error}. The details are in the WebUI's console.")
+        errors.report(f"SPO: {job.kind} of {job.name} failed", exc_info=True)

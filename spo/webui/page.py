@@ -41,6 +41,8 @@ def status(job: Job | None) -> str:
         f'<p class="spo-message spo-{job.shown_phase}"><b>{_NAMES[job.shown_phase]}: {html.escape(job.name)}.</b> '
         f"{html.escape(job.message)}</p>",
     ]
+    if job.kind == "download" and job.live:
+        parts.append(f'<progress max="1" value="{job.fraction:.4f}"></progress>')
     if job.pool is not None:
         parts.append(_pool(job.pool))
     if job.rows:

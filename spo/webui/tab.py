@@ -12,7 +12,7 @@ import gradio as gr
 
 from spo.errors import SpoError
 from spo.presets import NAMED
-from spo.webui import compare_tab, folders, form, job, page, runs, runs_tab, saved_settings, vote_tab
+from spo.webui import compare_tab, fetching, folders, form, job, page, runs, runs_tab, saved_settings, vote_tab
 from spo.webui.training import TrainingRequest, plan_text, start_training
 
 _NO_DEMO = "New here? A small demo checkpoint lets you try everything in a few minutes, without a download."
@@ -78,6 +78,11 @@ def _train_tab() -> _TrainFields:
                 _refresh_button(saved, saved_settings.names, "spo_settings_refresh")
                 saved_name = gr.Textbox(label="Save settings as", elem_id="spo_settings_name")
                 save = gr.Button("Save settings", elem_id="spo_settings_save")
+            with gr.Accordion("Published preference models", open=False):
+                with gr.Row():
+                    size = gr.Button("Show its size", size="sm", elem_id="spo_published")
+                    fetch = gr.Button("Fetch for the loaded checkpoint", size="sm", elem_id="spo_fetch")
+                fetch_said = gr.HTML(elem_id="spo_fetch_said")
             with gr.Accordion("Demo checkpoint", open=False):
                 gr.HTML(_NO_DEMO)
                 demo = gr.Button("Install the demo checkpoint", elem_id="spo_install_demo")
@@ -121,6 +126,8 @@ def _train_tab() -> _TrainFields:
     save.click(_save_settings, [saved_name, *values], [plan, saved])
     saved.change(_load_settings, [saved], [plan, *values])
     demo.click(_install_demo, [], [demo_said])
+    size.click(_shown(lambda: page.note(fetching.published().text())), [], [fetch_said])
+    fetch.click(_fetch, [], [fetch_said, status])
     return _TrainFields(compare, prompts)
 
 
@@ -150,6 +157,14 @@ def _start(*given: Any) -> tuple[str, str]:
         return page.error(str(error)), page.status(job.current())
     started.looked_at_s = time.time()
     return page.note(plan), page.status(started)
+
+
+def _fetch() -> tuple[str, str]:
+    try:
+        started = fetching.start_fetching()
+    except SpoError as error:
+        return page.error(str(error)), page.status(job.current())
+    return page.note(f"Fetching {started.name}; Stop ends it, and it goes on from there the next time."), _look()
 
 
 def _stop(how: str) -> str:

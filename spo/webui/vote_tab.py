@@ -57,6 +57,19 @@ def build() -> None:
                 name = gr.Textbox("my-taste", label="Taste head's name", elem_id="spo_vote_name")
                 fit = gr.Button("Fit to my votes", variant="primary", elem_id="spo_vote_fit")
             fitted = gr.HTML(elem_id="spo_vote_fitted")
+            with gr.Accordion("Two pictures of your own", open=False):
+                with gr.Row():
+                    own = [
+                        gr.Image(label=side, type="pil", source="upload", height=240, elem_id=f"spo_vote_own_{side}")
+                        for side in ("left", "right")
+                    ]
+                own_prompt = gr.Textbox(label="Their prompt", lines=1, elem_id="spo_vote_own_prompt")
+                with gr.Row():
+                    own_buttons = {
+                        answer: gr.Button(text, size="sm", elem_id=f"spo_vote_own_is_{answer}")
+                        for answer, text in (("left", "Left is better"), ("tie", "Tie"), ("right", "Right is better"))
+                    }
+                own_said = gr.HTML(elem_id="spo_vote_own_said")
             with gr.Accordion("Earlier votes", open=False, elem_id="spo_vote_gallery"):
                 with gr.Row():
                     earlier = gr.Dropdown([], label="Vote", elem_id="spo_vote_earlier")
@@ -77,6 +90,10 @@ def build() -> None:
     undo.click(_shown(_undo), [], [shown], show_progress="hidden")
     refresh.click(_pair, [], [shown], queue=False, show_progress="hidden")
     fit.click(_shown(lambda folder, name: page.note(voting.fit(folder, name))), [folder, name], [fitted])
+    for picture in own:
+        picture.upload(_prompt_of, [picture, own_prompt], [own_prompt])
+    for given, button in own_buttons.items():
+        button.click(_shown(_own(given)), [folder, own_prompt, *own], [own_said])
     look.click(_earlier, [folder], [earlier])
     earlier.change(_show_vote, [folder, earlier], [pictures, answer])
     change.click(_shown(_change), [folder, earlier, answer], [said])
@@ -171,6 +188,25 @@ def _pair() -> str:
         f'<div class="spo-vote" data-ready="{int(ready and not session.fitting)}" '
         f'data-pair="{pair.id if pair is not None else ""}" data-time="{time.time():.0f}">{inside}{told}</div>'
     )
+
+
+def _prompt_of(picture: Any, written: str) -> str:
+    """The prompt in a picture's infotext, unless one is written already."""
+    from modules import images, infotext_utils
+
+    if picture is None or written:
+        return written
+    infotext, _ = images.read_info_from_image(picture)
+    return str(infotext_utils.parse_generation_parameters(infotext).get("Prompt", "")) if infotext else ""
+
+
+def _own(answer: str) -> Callable[..., str]:
+    def vote(folder: str, prompt: str, left: Any, right: Any) -> str:
+        if left is None or right is None:
+            raise SpoError("Two pictures are needed; drop one on each side.")
+        return page.note(voting.add_pictures(folder, prompt or "", left, right, answer))
+
+    return vote
 
 
 def _earlier(folder: str) -> Any:

@@ -10,7 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from spo.config import Config, build_config
 from spo.errors import SpoError
@@ -19,6 +22,9 @@ from spo.webui import folders, job
 from spo.webui.host import architecture_of, borrowed
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
     from spo.preference.fit_taste import FitReport
     from spo.preference.taste import TasteHead
     from spo.preference.votes import Vote, VotePair
@@ -207,27 +213,20 @@ def current() -> Session | None:
 def start(request: VotingRequest) -> Session:
     """Begin to make pairs. SpoError for what cannot work; an earlier session ends."""
     global _session, _thread
-    from modules import sd_models, shared
-
-    model = sd_models.model_data.get_sd_model()
-    architecture = architecture_of(model)
-    folder = votes_folder(request.folder)
+    votes_folder(request.folder)
     prompts = [text.strip() for text in request.prompts if text.strip()]
     if not prompts:
         raise SpoError("There are no prompts; write some, one a line, or take the bundled list.")
-    values = {
-        "checkpoint": model.sd_checkpoint_info.filename,
-        "prompts": "voting",
-        "output": str(folder / "none.safetensors"),
-        "preference": "none",
-        "width": request.width,
-        "height": request.height,
-        "sampling_steps": request.sampling_steps,
-        "guidance_scale": request.guidance_scale,
-        "negative_prompt": request.negative_prompt,
-        "clip_skip": int(shared.opts.CLIP_stop_at_last_layers),
-    }
-    config = build_config(values, architecture)
+    config = _config(
+        request.folder,
+        {
+            "width": request.width,
+            "height": request.height,
+            "sampling_steps": request.sampling_steps,
+            "guidance_scale": request.guidance_scale,
+            "negative_prompt": request.negative_prompt,
+        },
+    )
     last = config.rollout.sampling_steps - 1
     if request.from_step is not None and not 0 <= request.from_step < last:
         raise SpoError(f"The step where pictures part ways is {request.from_step}; accepted is 0 to {last - 1}.")
@@ -241,12 +240,58 @@ def start(request: VotingRequest) -> Session:
     return _session
 
 
+def _config(name: str, values: dict[str, Any]) -> Config:
+    """Sampling settings on the loaded checkpoint; nothing is trained, so the rest is for form's sake."""
+    from modules import sd_models, shared
+
+    model = sd_models.model_data.get_sd_model()
+    unused = {"prompts": name, "output": f"{name}.safetensors", "preference": "none"}
+    fixed = {
+        "checkpoint": getattr(getattr(model, "sd_checkpoint_info", None), "filename", ""),
+        "clip_skip": int(shared.opts.CLIP_stop_at_last_layers),
+    }
+    return build_config({**unused, **fixed, **values}, architecture_of(model))
+
+
 def end(timeout_s: float = 120.0) -> None:
     """End the voting and wait for its thread; votes are on disk already. For Reload UI, too."""
     if _session is not None:
         _session.end()
     if _thread is not None and _thread.is_alive():
         _thread.join(timeout_s)
+
+
+def add_pictures(folder: str, prompt: str, left: Image, right: Image, answer: str) -> str:
+    """A vote on two pictures of the user's own, of one prompt and one size; a text about it. SpoError.
+
+    left, right  pictures with sides that are multiples of 8 pixels, taken to latents by the loaded checkpoint's VAE
+    """
+    from modules import call_queue
+
+    from spo.preference.votes import VoteFolder, VotePair
+
+    if left.size != right.size or any(side % 8 for side in left.size):
+        raise SpoError(
+            f"The pictures are {left.width} x {left.height} and {right.width} x {right.height} pixels; two of the same "
+            "size, with sides that are multiples of 8, are needed."
+        )
+    if not prompt.strip():
+        raise SpoError("The pictures' prompt is missing; write it.")
+    config = _config("own pictures", {"width": left.width, "height": left.height})
+    pixels = torch.stack([_pixels(left), _pixels(right)])
+    with call_queue.queue_lock, borrowed(config) as host:
+        latents = host.encode(pixels.to(host.device)).float().cpu()
+        pair = VotePair(
+            prompt.strip(), latents, pixels, 0, 0, -1, host.architecture, host.checkpoint_name, host.checkpoint_hash
+        )
+    VoteFolder(votes_folder(folder)).add(pair, answer)
+    return f'Your vote on "{prompt.strip()}" is kept: {answer}.'
+
+
+def _pixels(picture: Image) -> Tensor:
+    """[3, height, width] in [-1, 1]."""
+    values = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    return torch.from_numpy(values).permute(2, 0, 1) / 127.5 - 1
 
 
 def fit(folder: str, name: str, progress: Callable[[float], None] | None = None) -> str:
