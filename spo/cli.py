@@ -155,8 +155,8 @@ def train_headless(config: Config, prompts: Sequence[str], *, resume: bool) -> i
     from spo.trainer import train
 
     host = load_host(config)
-    preference = load_preference(config, host)
     with progress_bar() as watcher:
+        preference = load_preference(config, host, watcher.log)
         report = train(host, config, prompts, preference, watcher, resume=resume)
     curves = report.run_folder / "curves.png"
     compare.curves(report.run_folder / "metrics.csv", curves)

@@ -83,6 +83,9 @@ class PreferenceConfig:
         "", "preference model: a file (docs/preference_models.md), a mix 0.7*A + 0.3*B, or demo for the demo checkpoint"
     )
     preference_precision: str = _setting("float32", "its precision", "float32", "float16", "bfloat16")
+    small_decode: bool = _setting(
+        False, "decode candidates only as large as the preference model looks; says how well that agrees"
+    )
 
 
 @dataclass(frozen=True)

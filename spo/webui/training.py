@@ -131,6 +131,7 @@ def start_training(request: TrainingRequest) -> Job:
 def _train(job: Job, prepared: Prepared, resume: bool) -> None:
     from spo import compare
     from spo.preference.load import load
+    from spo.preference.small_decode import SmallDecode
 
     config = prepared.config
     job.say(f"Loading the preference model {Path(config.preference.preference).name} ...")
@@ -148,6 +149,8 @@ def _train(job: Job, prepared: Prepared, resume: bool) -> None:
             )
         for warning in told:
             job.say(str(warning.message))
+        if config.preference.small_decode and preference.needs_pixels:
+            preference = SmallDecode(preference, job.say)
         job.asked_to_stop()
         job.phase = "working"
         job.say(f"Training {job.name} on {host.checkpoint_name}.")

@@ -252,7 +252,7 @@ def _export(folder: str) -> tuple[Any, str]:
         count = export_votes(_folder(folder), path)
     except (SpoError, OSError) as error:
         return gr.update(), page.error(str(error))
-    return gr.update(value=str(path), visible=True), page.note(f"{count} votes exported to {path}.")
+    return gr.update(value=str(path), visible=True), page.note(f"Votes exported: {count}, to {path}.")
 
 
 def _import(folder: str, file: Any) -> str:
