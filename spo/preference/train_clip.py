@@ -101,7 +101,9 @@ class PredictionHost(Protocol):
     architecture: str
     checkpoint_name: str
     device: torch.device
-    alphas_cumprod: Tensor
+
+    @property
+    def alphas_cumprod(self) -> Tensor: ...
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Encode these prompts; the next calls use no others."""

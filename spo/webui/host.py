@@ -212,6 +212,11 @@ class WebUIHost:
         if config.model.gradient_checkpointing:
             self.set_gradient_checkpointing(True)
 
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """[1000] the loaded model's training schedule."""
+        return self.model.alphas_cumprod
+
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Recompute the transformer and residual blocks in the backward pass, or not; leaves no trace when off."""
         for block in self.network.modules():
@@ -368,16 +373,20 @@ class WebUIHost:
         return torch.cat(pixels).clamp(-1, 1)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """[N, 3, H, W] pictures in [-1, 1] -> [N, 4, H / 8, W / 8] latents, the mean of the user's VAE's encoding."""
+    def encode(self, pixels: Tensor, noise: Tensor | None = None) -> Tensor:
+        """[N, 3, H, W] pictures in [-1, 1] -> [N, 4, H / 8, W / 8] float32 latents by the user's VAE.
+
+        noise  [N, 4, H / 8, W / 8] draws from the encoding; None: its mean. SDXL's stage draws by itself
+        """
         from modules import devices
 
         stage = self.model.first_stage_model
         with devices.without_autocast():
             encoded = self.model.encode_first_stage(pixels.to(next(stage.parameters()).dtype))
-            if hasattr(encoded, "mode"):
-                return self.model.scale_factor * encoded.mode()
-            return self.model.get_first_stage_encoding(encoded)
+            if isinstance(encoded, Tensor):
+                return self.model.get_first_stage_encoding(encoded).float()
+            latents = encoded.mode() if noise is None else encoded.mean + encoded.std * noise.to(encoded.mean)
+            return (self.model.scale_factor * latents).float()
 
     # ---- training
 

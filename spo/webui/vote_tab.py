@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from spo.errors import SpoError
-from spo.webui import folders, page, voting
+from spo.webui import clip_training, folders, page, voting
 
 _SAME, _OTHER = "Same seed, other noise from a step on", "Different seeds"
 _ANSWERS = ("left", "right", "tie", "skip")
@@ -55,6 +55,9 @@ def build() -> None:
             said = gr.HTML(elem_id="spo_vote_said")
             with gr.Row():
                 name = gr.Textbox("my-taste", label="Taste head's name", elem_id="spo_vote_name")
+                beside = gr.Dropdown(
+                    folders.preference_choices(), label="Show beside it", multiselect=True, elem_id="spo_vote_beside"
+                )
                 fit = gr.Button("Fit to my votes", variant="primary", elem_id="spo_vote_fit")
             fitted = gr.HTML(elem_id="spo_vote_fitted")
             with gr.Accordion("Two pictures of your own", open=False):
@@ -78,6 +81,38 @@ def build() -> None:
                 with gr.Row():
                     answer = gr.Radio(list(_ANSWERS), label="Its answer", elem_id="spo_vote_answer")
                     change = gr.Button("Change the answer", size="sm", elem_id="spo_vote_change")
+            with gr.Accordion("Train a step-aware CLIP on labelled pairs", open=False, elem_id="spo_clip"):
+                pairs = gr.Textbox(
+                    label="Labelled pairs",
+                    info="A folder of win and lose pictures, or Pick-a-Pic's parquet files.",
+                    elem_id="spo_clip_pairs",
+                )
+                with gr.Row():
+                    begin = gr.Dropdown(
+                        folders.preference_choices(),
+                        label="Start from",
+                        allow_custom_value=True,
+                        elem_id="spo_clip_from",
+                    )
+                    labels = gr.Dropdown(
+                        ["", *folders.preference_choices()], value="", label="Labels from another model",
+                        elem_id="spo_clip_labels",
+                    )  # fmt: skip
+                    clip_name = gr.Textbox("my-clip", label="Name", elem_id="spo_clip_name")
+                with gr.Row():
+                    updates = gr.Number(
+                        0, precision=0, label="Updates", info="0: the paper's.", elem_id="spo_clip_steps"
+                    )
+                    rate = gr.Number(0, label="Learning rate", info="0: the paper's.", elem_id="spo_clip_rate")
+                    at_once = gr.Number(4, precision=0, label="Pairs per call", elem_id="spo_clip_pairs_per_call")
+                    sums = gr.Number(16, precision=0, label="Gradient accumulation", elem_id="spo_clip_accumulation")
+                    side = gr.Number(
+                        0, precision=0, label="Picture size", info="0: the model's.", elem_id="spo_clip_size"
+                    )
+                with gr.Row():
+                    clip_start = gr.Button("Start training", elem_id="spo_clip_start")
+                    clip_resume = gr.Button("Go on", elem_id="spo_clip_resume")
+                clip_said = gr.HTML(elem_id="spo_clip_said")
     refresh = gr.Button("Refresh", elem_id="spo_vote_refresh")
     seen = gr.Textbox("", elem_id="spo_vote_seen", visible=False)
 
@@ -89,7 +124,7 @@ def build() -> None:
         button.click(_vote(given), [seen], [shown], _js="spo_vote_seen", show_progress="hidden")
     undo.click(_shown(_undo), [], [shown], show_progress="hidden")
     refresh.click(_pair, [], [shown], queue=False, show_progress="hidden")
-    fit.click(_shown(lambda folder, name: page.note(voting.fit(folder, name))), [folder, name], [fitted])
+    fit.click(_shown(_fit), [folder, name, beside], [fitted])
     for picture in own:
         picture.upload(_prompt_of, [picture, own_prompt], [own_prompt])
     for given, button in own_buttons.items():
@@ -97,6 +132,9 @@ def build() -> None:
     look.click(_earlier, [folder], [earlier])
     earlier.change(_show_vote, [folder, earlier], [pictures, answer])
     change.click(_shown(_change), [folder, earlier, answer], [said])
+    clip_asked = [clip_name, pairs, begin, labels, updates, at_once, sums, rate, side]
+    for button, resume in ((clip_start, False), (clip_resume, True)):
+        button.click(_shown(_clip(resume)), clip_asked, [clip_said]).then(None, [], [], _js="() => spo_refresh_now()")
     export.click(_export, [folder], [exported, said])
     upload.upload(_shown(_import), [folder, upload], [said])
 
@@ -188,6 +226,31 @@ def _pair() -> str:
         f'<div class="spo-vote" data-ready="{int(ready and not session.fitting)}" '
         f'data-pair="{pair.id if pair is not None else ""}" data-time="{time.time():.0f}">{inside}{told}</div>'
     )
+
+
+def _clip(resume: bool) -> Callable[..., str]:
+    def begin(name: str, pairs: str, start: str | None, labels: str | None, *numbers: Any) -> str:
+        updates, at_once, sums, rate, side = numbers
+        request = clip_training.ClipRequest(
+            name=name or "",
+            pairs=pairs or "",
+            start=start or "",
+            labels_from=labels or "",
+            steps=int(updates or 0),
+            pairs_per_call=int(at_once or 0),
+            accumulation=int(sums or 0),
+            learning_rate=float(rate or 0),
+            size_px=int(side or 0),
+            resume=resume,
+        )
+        started = clip_training.start_clip_training(request)
+        return page.note(f"Training {started.name}; the Train tab shows how far it is, and stops it.")
+
+    return begin
+
+
+def _fit(folder: str, name: str, beside: list[str] | None) -> str:
+    return page.note(voting.fit(folder, name, tuple(beside or ())))
 
 
 def _prompt_of(picture: Any, written: str) -> str:

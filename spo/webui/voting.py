@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -294,10 +294,14 @@ def _pixels(picture: Image) -> Tensor:
     return torch.from_numpy(values).permute(2, 0, 1) / 127.5 - 1
 
 
-def fit(folder: str, name: str, progress: Callable[[float], None] | None = None) -> str:
-    """Fit a taste head to the votes and save it in models/SPO as NAME.safetensors; a text about it. SpoError."""
+def fit(folder: str, name: str, beside: Sequence[str] = ()) -> str:
+    """Fit a taste head to the votes and save it in models/SPO as NAME.safetensors; a text about it. SpoError.
+
+    beside  other preference models whose accuracy on the same votes is shown
+    """
     from spo.files import exists_already
-    from spo.preference.fit_taste import fit_taste, read_vote_set
+    from spo.preference.fit_taste import accuracy_of, fit_taste, read_vote_set
+    from spo.preference.load import load
     from spo.preference.taste import save_taste
     from spo.preference.votes import VoteFolder
 
@@ -305,7 +309,10 @@ def fit(folder: str, name: str, progress: Callable[[float], None] | None = None)
     path = folders.preference_folder() / f"{name.strip()}.safetensors"
     if path.exists():
         raise exists_already(path)
-    fitted = fit_taste(read_vote_set(VoteFolder(votes_folder(folder))), name=name.strip(), progress=progress)
+    place = VoteFolder(votes_folder(folder))
+    votes = read_vote_set(place)
+    others = [load(folders.preference_path(one), architecture=votes.architecture) for one in beside]
+    fitted = fit_taste(votes, name=name.strip(), others=[accuracy_of(one, place, votes) for one in others])
     path.parent.mkdir(parents=True, exist_ok=True)
     save_taste(fitted.head, path)
     return f"{fitted.report.text()}\n\nSaved as {path.name}: choose it as the preference model in the Train tab."

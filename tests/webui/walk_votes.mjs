@@ -86,7 +86,10 @@ try {
         await until("a pair", async () => (now = await pair()) !== "" && now !== last, 120);
         last = now;
         const [left, right] = await colours();
-        if (n === 12) await shot("vote");
+        if (n === 12) {
+            await page.evaluate(() => window.scrollTo(0, 0));
+            await shot("vote");
+        }
         await page.keyboard.press(left > right ? "ArrowLeft" : "ArrowRight");
         if (n === 20) { // take one back and vote again
             await until("the next", async () => !["", last].includes(await pair()), 60);
