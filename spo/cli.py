@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo import __version__
 from spo.errors import SpoError, nearest
+from spo.presets import NAMED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
 
     training = command("train", _train, "Train an SPO LoRA for a checkpoint.")
     training.add_argument("--config", metavar="FILE", help="settings from a .json or .yaml file; flags win over it")
+    training.add_argument(
+        "--preset", choices=list(NAMED), help="a named group of settings; the config file and flags win over it"
+    )
     training.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     training.add_argument("--resume", action="store_true", help="go on with the run of --output")
     _add_settings(training)
@@ -113,6 +117,8 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
     from spo.trainer import run_folder_of
 
     values: dict[str, Any] = {}
+    if getattr(options, "preset", None):
+        values |= NAMED[options.preset].values
     if getattr(options, "resume", False) and hasattr(options, "output"):
         saved = run_folder_of(options.output, getattr(options, "run_folder", "")) / "config.json"
         values |= read_config_file(saved) if saved.exists() else {}

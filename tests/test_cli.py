@@ -106,6 +106,14 @@ def test_flags_and_configuration_file_have_the_same_names(files, tmp_path, capsy
     assert read_lora(tmp_path / "a.safetensors").metadata["ss_network_dim"] == "3"
 
 
+def test_a_preset_gives_way_to_flags(files, tmp_path):
+    from spo.cli import _given, _parser
+
+    asked = ["train", "--preset", "quick", "--rank", "2", "--output", str(tmp_path / "a.safetensors")]
+    values = _given(_parser().parse_args(asked))
+    assert (values["rank"], values["sampling_steps"]) == ("2", 12)
+
+
 def crafted(files, kind):
     """A bad value for one flag: (flag, value, what the sentence must say)."""
     broken = files / "broken.safetensors"
