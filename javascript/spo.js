@@ -35,6 +35,18 @@
         if (!container) return;
         const task = shown.dataset.task;
         following = task;
+        if (shown.dataset.kind === "download") { // not in the WebUI's queue, so its progress knows nothing of it
+            const timer = setInterval(function() {
+                const now = status();
+                if (now && now.dataset.task === task && now.dataset.live === "1") {
+                    refresh(false);
+                } else {
+                    clearInterval(timer);
+                    following = null;
+                }
+            }, 1000);
+            return;
+        }
         requestProgress(task, container, null, function() {
             setTimeout(function() {
                 following = null;

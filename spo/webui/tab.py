@@ -69,7 +69,7 @@ def _train_tab() -> _TrainFields:
                 negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="spo_negative_prompt")
                 styles = gr.Dropdown(_styles(), label="Styles", multiselect=True, elem_id="spo_styles")
             with gr.Row():
-                name = gr.Textbox("my-taste", label="LoRA name", elem_id="spo_name")
+                name = gr.Textbox(folders.free_name("my-taste"), label="LoRA name", elem_id="spo_name")
                 steps = gr.Number(0, precision=0, label="Updates", info="0: by epochs.", elem_id="spo_steps")
             with gr.Accordion("Advanced", open=False, elem_id="spo_advanced"):
                 fields = form.advanced_fields()

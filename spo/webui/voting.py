@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 READY = 6  # pairs made ahead, from which the one that teaches most is taken
 FIT_EVERY = 25
 FIRST_FIT = 50
+KEPT_PAST = 20  # pairs that can be shown again by undo; all votes stay on disk
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,11 @@ def votes_folder(name: str) -> Path:
     return folders.preference_folder() / "votes" / text
 
 
-def vote_names() -> list[str]:
-    """The vote folders there are."""
-    place = folders.preference_folder() / "votes"
-    return sorted(path.name for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
-
-
 @dataclass
 class Session:
     """One user's voting. Methods are called by the page; `_work` by the thread.
 
-    shown     the pair to vote on, None while none is ready; ready: made ahead; past: voted in this session
+    shown     the pair to vote on, None while none is ready; ready: made ahead; past: the last ones voted on
     message   one sentence for the user; report: of the last fit
     """
 
@@ -97,8 +92,8 @@ class Session:
             if self.shown is None:
                 raise SpoError("There is no pair to vote on yet; one moment.")
             self.votes.add(self.shown, answer)
-            self.past.append(self.shown)
-            self.shown = None
+            self.past = [*self.past[1 - KEPT_PAST :], self.shown]
+            self.shown, self.message = None, ""
             self._show_next()
             self._wake.notify_all()
         count = sum(1 for vote in self.votes.votes() if vote.answer != "skip")
@@ -129,7 +124,7 @@ class Session:
         from spo.preference.taste import choose_pair
 
         if self.shown is None and self.ready:
-            at = choose_pair(self.head, [pair.latents for pair in self.ready], seed=len(self.past))
+            at = choose_pair(self.head, [pair.latents for pair in self.ready], seed=self._made)
             self.shown = self.ready.pop(at)
 
     def _work(self) -> None:
