@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from spo.requirements_check import PIP_FLAGS, Missing, missing, missing_text
+from spo.webui.packages import PIP_FLAGS, Missing, missing, missing_text
 
 
 def main() -> None:

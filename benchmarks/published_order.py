@@ -47,20 +47,20 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from spo.denoiser import Conditioning, GuidedDenoiser
-    from spo.diffusion import (
+    from spo.algorithm.denoiser import Conditioning, GuidedDenoiser
+    from spo.algorithm.diffusion import (
         ancestral_step,
         scaled_linear_alphas_cumprod,
         sigma_ladder,
         transition_log_density,
         transition_mean,
     )
-    from spo.headless import repeat_conditioning
-    from spo.lora import Adapter, modules_of_kinds
-    from spo.loss import spo_loss
-    from spo.pairs import Pairs
+    from spo.algorithm.objective import spo_loss
+    from spo.algorithm.pairs import Pairs
+    from spo.algorithm.rollout import RolloutSettings, sample_spo
+    from spo.headless.host import repeat_conditioning
+    from spo.lora.adapter import Adapter, modules_of_kinds
     from spo.rng import SeededDraws
-    from spo.rollout import RolloutSettings, sample_spo
 
     torch.manual_seed(options.seed)
     device = torch.device(options.device)

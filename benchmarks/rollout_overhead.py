@@ -135,7 +135,7 @@ def spent_on(work: Callable[[], None], counter: Counter) -> Spent:
 
 def measure(counter: Counter, config: Any, batch: int, px: int, repetitions: int) -> str:
     """One row: medians in seconds, ratios, the preference model's share."""
-    from spo.rollout import RolloutSettings
+    from spo.algorithm.rollout import RolloutSettings
     from spo.webui.host import borrowed
 
     settings = RolloutSettings(candidates=CANDIDATES, divert_start_step=START, threshold=0.0)

@@ -46,22 +46,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spo.compare import grid, to_picture, win_rate
-from spo.comparison import adapter_from_file
+from spo.algorithm.diffusion import network_input, training_sigmas
+from spo.algorithm.preference import Candidates, PreferenceModel
 from spo.demo.judge import HERE, Judge, held_out
 from spo.demo.rule import colourfulness
 from spo.demo.run import demo_config
 from spo.demo.subjects import load as load_classifier
-from spo.diffusion import network_input, training_sigmas
 from spo.files import write_text, write_whole
-from spo.headless import HeadlessHost, load_host
-from spo.preference.fit_taste import FitSettings, VoteSet, davidson_loss, fit_member, fit_taste
-from spo.preference.protocol import Candidates, PreferenceModel
-from spo.preference.taste import TasteFacts, TasteHead, TasteNetwork
-from spo.preference.vote_pairs import make_pairs
+from spo.headless.compare import adapter_from_file
+from spo.headless.host import HeadlessHost, load_host
+from spo.images import to_picture
+from spo.preference.taste.fit import FitSettings, VoteSet, davidson_loss, fit_member, fit_taste
+from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork
 from spo.prompts import read_prompts
+from spo.report.compare import grid, win_rate
 from spo.rng import generator, stable_seed
-from spo.trainer import rollout_settings, run_folder_of, train
+from spo.training.loop import rollout_settings, run_folder_of, train
+from spo.training.vote_pairs import make_pairs
 
 TASTES = ("colourful", "grey", "large")
 FLIPPED = 0.1

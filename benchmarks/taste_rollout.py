@@ -44,8 +44,8 @@ def scorer_of(side: str, device: Any) -> tuple[Any, Any]:
     """(preference model, VAE or None) with random weights."""
     from diffusers import AutoencoderKL
 
-    from spo.preference.step_aware_clip import ClipShape, StepAwareCLIP, TowerShape
-    from spo.preference.taste import TasteFacts, TasteHead, TasteNetwork
+    from spo.preference.clip.step_aware import ClipShape, StepAwareCLIP, TowerShape
+    from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork
 
     if side == "taste":
         head = TasteHead([TasteNetwork(32) for _ in range(5)], TasteFacts())
@@ -68,11 +68,11 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from spo.denoiser import Conditioning, GuidedDenoiser
-    from spo.diffusion import scaled_linear_alphas_cumprod, sigma_ladder
-    from spo.headless import repeat_conditioning
+    from spo.algorithm.denoiser import Conditioning, GuidedDenoiser
+    from spo.algorithm.diffusion import scaled_linear_alphas_cumprod, sigma_ladder
+    from spo.algorithm.rollout import RolloutSettings, sample_spo
+    from spo.headless.host import repeat_conditioning
     from spo.rng import SeededDraws
-    from spo.rollout import RolloutSettings, sample_spo
 
     torch.manual_seed(options.seed)
     device = torch.device(options.device)

@@ -2,6 +2,6 @@
 
 import sys
 
-from spo.cli import main
+from spo.cli.main import main
 
 sys.exit(main())

@@ -1,7 +1,7 @@
 """Named groups of settings, for the tab, the API and `--preset`. What the user gives wins over a preset.
 
 The presets for small cards change how much is done at a time and the LoRA's size; pool, guidance and loss stay the
-paper's. Their memory is an estimate (spo.plan), not measured on such cards.
+paper's. Their memory is an estimate (spo.headless.plan), not measured on such cards.
 """
 
 from __future__ import annotations

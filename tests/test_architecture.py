@@ -14,18 +14,8 @@ MODULES = {
     ".".join(path.relative_to(SPO.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in SPO.rglob("*.py")
 }
-TORCH_ONLY = {"spo.diffusion", "spo.pairs", "spo.loss"}
+TORCH_ONLY = {"spo.algorithm.diffusion", "spo.algorithm.pairs", "spo.algorithm.objective"}
 WEBUI_ONLY = {"modules", "gradio", "fastapi", "starlette"}
-HEADLESS = {
-    "spo.diffusers_host",
-    "spo.headless",
-    "spo.comparison",
-    "spo.plan",
-    "spo.cli",
-    "spo.train_preference_cli",
-    "spo.demo",
-    "spo.__main__",
-}
 
 
 def imports(path: Path, *, everywhere: bool = True) -> set[str]:
@@ -52,28 +42,25 @@ def test_only_the_webui_room_imports_the_webui(name):
     assert name.startswith("spo.webui") or not tops & WEBUI_ONLY
 
 
-@pytest.mark.parametrize(
-    "name", ["spo.rollout", "spo.trainer", "spo.lora", "spo.lora_file", "spo.run_state", "spo.config"]
-)
-def test_the_engine_does_not_know_its_hosts(name):
-    known = imports(MODULES[name])
-    assert not any(module == host or module.startswith(f"{host}.") for module in known for host in HEADLESS)
-    assert not any(module.startswith("spo.webui") for module in known)
+def test_rooms_depend_downwards_only(monkeypatch):
+    linter = pytest.importorskip("importlinter.cli")
+    monkeypatch.chdir(SPO.parent)
+    assert linter.lint_imports(config_filename="pyproject.toml", no_cache=True) == 0
 
 
 def test_the_engine_imports_where_the_webui_and_diffusers_do_not_exist():
     engine = [
         "spo",
-        "spo.rollout",
-        "spo.trainer",
-        "spo.lora_file",
-        "spo.compare",
+        "spo.algorithm.rollout",
+        "spo.training.loop",
+        "spo.lora.lora_file",
+        "spo.report.compare",
         "spo.config",
-        "spo.headless",
+        "spo.headless.host",
         "spo.preference.load",
-        "spo.preference.train_clip",
+        "spo.training.clip",
         "spo.preference.download",
-        "spo.cli",
+        "spo.cli.main",
     ]
     blocked = ["modules", "gradio", "fastapi", "diffusers", "peft", "transformers", "matplotlib", "PIL"]
     code = (

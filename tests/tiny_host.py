@@ -7,16 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from spo.compare import to_picture
+from spo.algorithm.denoiser import Conditioning, GuidedDenoiser
+from spo.algorithm.diffusion import scaled_linear_alphas_cumprod
+from spo.algorithm.preference import Candidates
+from spo.algorithm.rollout import RolloutSettings, sample_spo
 from spo.config import Config
-from spo.denoiser import Conditioning, GuidedDenoiser
-from spo.diffusion import scaled_linear_alphas_cumprod
-from spo.headless import repeat_conditioning
-from spo.lora_file import LoraLayer
-from spo.preference.protocol import Candidates
+from spo.headless.host import repeat_conditioning
+from spo.lora.lora_file import LoraLayer
 from spo.rng import SeededDraws, generator
-from spo.rollout import RolloutSettings, sample_spo
-from spo.trainer import ladder_of
+from spo.training.loop import ladder_of
 from tests.tiny_checkpoints import tiny_sd15
 
 WIDTH = 32
@@ -86,8 +85,8 @@ class TinyHost:
         self.prepare(prompts)
         return self.rollout(prompts, seeds, RolloutSettings(candidates=1), None, None).x
 
-    def pictures(self, prompts, seeds):
-        return [to_picture(latent[:3].tanh()) for latent in self.latents(prompts, seeds)]
+    def decode(self, latents: Tensor) -> Tensor:
+        return latents[:, :3].tanh()
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         self.checkpointing = on

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from spo import compare
-from spo.comparison import Samples, adapter_from_file, samples
 from spo.config import Config, build_config
 from spo.demo.judge import HERE, Judge, Judgement, held_out, taste_win_rate
 from spo.errors import SpoError
+from spo.headless.compare import Samples, adapter_from_file, samples
+from spo.images import to_picture
 from spo.presets import preset
+from spo.progress import Watcher
 from spo.prompts import read_prompts
+from spo.report import compare
 
 CHECKPOINT = HERE / "demo.safetensors"
 
@@ -33,11 +36,13 @@ def demo_config(folder: Path, changes: Mapping[str, Any] | None = None) -> Confi
     return build_config({**SETTINGS, **files, **(changes or {})}, "sd15")
 
 
-def run_demo(folder: Path, steps: int = 0) -> int:
-    """Train (or go on, or reuse what is there) and judge; LoRA, grid.png, curves.png, result.json go to `folder`."""
-    from spo.cli import progress_bar
-    from spo.headless import load_host, load_preference
-    from spo.trainer import run_folder_of, train
+def run_demo(folder: Path, watched: Callable[[], AbstractContextManager[Watcher]], steps: int = 0) -> int:
+    """Train (or go on, or reuse what is there) and judge; LoRA, grid.png, curves.png, result.json go to `folder`.
+
+    watched  opens what shows the progress of training
+    """
+    from spo.headless.host import load_host, load_preference
+    from spo.training.loop import run_folder_of, train
 
     began = time.monotonic()
     config = demo_config(folder, {"steps": steps} if steps else None)
@@ -55,7 +60,7 @@ def run_demo(folder: Path, steps: int = 0) -> int:
     state = run_folder_of(output) / "state.spo"
     if not output.exists():
         print(f"Training a LoRA for the demo checkpoint: {config.optimizer.steps} updates, a few minutes on two cores.")
-        with progress_bar() as watcher:
+        with watched() as watcher:
             prompts = read_prompts(config.prompt.prompts)
             report = train(host, config, prompts, preference, watcher, resume=state.exists())
         if not report.finished:
@@ -93,7 +98,7 @@ def save_demo_grid(
         part = slice(first, first + 10)
         for name, column in columns.items():
             tastes = verdicts[name].taste[part].tolist()
-            rows.append([compare.to_picture(pixels) for pixels in column.pixels[part]])
+            rows.append([to_picture(pixels) for pixels in column.pixels[part]])
             labels.append(name)
             captions.append([f"{prompt}: {taste:.0f}" for prompt, taste in zip(prompts[part], tastes, strict=True)])
     compare.grid(rows, labels, [""] * 10, captions, title="colourfulness, the rule of taste, before and after").save(

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from spo.checkpoint.tensor_file import TensorFile, open_tensor_file
 from spo.errors import SpoError
 from spo.preference.mix import SUFFIXES, mix_name, read_mix
-from spo.tensor_file import TensorFile, open_tensor_file
 
 KINDS = ("step-aware CLIP", "taste head", "latent CNN", "CLIP score", "aesthetic score", "mix")
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -49,7 +49,7 @@ class PreferenceInfo:
 
     def advice(self, architecture: str) -> str:
         """Warnings for use on a checkpoint of that architecture, in whole sentences; empty when all is well."""
-        from spo.preference.clip_scores import NO_TIME
+        from spo.preference.clip.scores import NO_TIME
 
         said = [] if self.knows_timestep else [f'"{self.name}": {NO_TIME}']
         if self.architecture not in ("any", architecture):
@@ -92,7 +92,7 @@ def list_preference_models(place: Path) -> PreferenceList:
 
 def describe_preference(path: Path) -> PreferenceInfo:
     """What the preference model in a file, or in a folder as transformers saves it, is. SpoError for anything else."""
-    from spo.preference.clip_scores import weights_in
+    from spo.preference.clip.scores import weights_in
 
     if path.suffix.lower() in SUFFIXES and path.is_file():
         return _describe_mix(path)
@@ -118,8 +118,8 @@ def describe_opened(path: Path, file: TensorFile) -> PreferenceInfo:
 
 def kind_of(file: TensorFile) -> str:
     """Which of `KINDS` (but a mix) a file holds. Raises SpoError saying what it is instead."""
-    from spo.preference.clip_scores import is_aesthetic_head, is_plain_clip
-    from spo.preference.step_aware_clip import is_step_aware_clip
+    from spo.preference.clip.scores import is_aesthetic_head, is_plain_clip
+    from spo.preference.clip.step_aware import is_step_aware_clip
 
     if file.metadata.get("spo_preference") == "latent_cnn":
         return "latent CNN"
@@ -172,7 +172,7 @@ def _describe_mix(path: Path) -> PreferenceInfo:
 
 
 def _is_model_folder(path: Path) -> bool:
-    from spo.preference.clip_scores import WEIGHT_NAMES
+    from spo.preference.clip.scores import WEIGHT_NAMES
 
     return path.is_dir() and any((path / name).is_file() for name in WEIGHT_NAMES)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from spo.algorithm.preference import PreferenceModel
+from spo.checkpoint.tensor_file import open_tensor_file
 from spo.errors import SpoError
 from spo.preference.catalogue import FILE_SUFFIXES, describe_opened, where_official
 from spo.preference.mix import MixedScore, is_mix, mix_name, read_mix
-from spo.preference.protocol import PreferenceModel
-from spo.tensor_file import open_tensor_file
 
 DEMO_FILE = Path(__file__).parents[1] / "demo" / "preference.safetensors"
 
@@ -46,22 +46,22 @@ def load(
         )
     if not path.exists():
         raise SpoError(_missing(path, architecture))
-    from spo.preference import clip_scores
+    from spo.preference.clip import scores as clip_scores
 
     file = open_tensor_file(clip_scores.weights_in(path))
     info = describe_opened(path, file)
     if advice := info.advice(architecture):
         warnings.warn(advice, stacklevel=2)
     if info.kind == "latent CNN":
-        from spo.preference.demo_taste import load_demo_taste
+        from spo.preference.latent_cnn import load_demo_taste
 
         return load_demo_taste(path, device)
     if info.kind == "taste head":
-        from spo.preference.taste import read_taste
+        from spo.preference.taste.head import read_taste
 
         return read_taste(file, device)
     if info.kind == "step-aware CLIP":
-        from spo.preference.step_aware_clip import read_step_aware_clip
+        from spo.preference.clip.step_aware import read_step_aware_clip
 
         return read_step_aware_clip(file, device=device, dtype=dtype)
     if info.kind == "CLIP score":

@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spo.algorithm.preference import Candidates, PreferenceModel
 from spo.errors import SpoError, nearest
 from spo.files import write_text
-from spo.preference.protocol import Candidates, PreferenceModel
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from spo.preference.protocol import Candidates, PreferenceModel
+from spo.algorithm.preference import Candidates, PreferenceModel
 
 if TYPE_CHECKING:
     from torch import Tensor

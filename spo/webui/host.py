@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spo.compare import to_picture
+from spo.algorithm.preference import PreferenceModel
+from spo.algorithm.rollout import PoolVerdict, Rollout, RolloutSettings
 from spo.config import Config
 from spo.errors import SpoError
-from spo.preference.protocol import PreferenceModel
+from spo.progress import StopRequested
 from spo.rng import SeededDraws
-from spo.rollout import PoolVerdict, Rollout, RolloutSettings
-from spo.trainer import StopRequested, ladder_of
+from spo.training.loop import ladder_of
 from spo.webui import sampler
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    pass
 
 
 def architecture_of(model: Any) -> str:
@@ -429,8 +429,3 @@ class WebUIHost:
         from modules import devices
 
         return devices.without_autocast() if devices.unet_needs_upcast else devices.autocast()
-
-    def pictures(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image]:
-        """Ordinary samples with the network as it is now."""
-        plain = RolloutSettings(candidates=1, eta=self.config.rollout.eta)
-        return [to_picture(pixels) for pixels in self.decode(self.rollout(prompts, seeds, plain, None, None).x).cpu()]

@@ -9,7 +9,9 @@ def register() -> None:
     """Sampler, tab, axes, routes; and the end of our thread before a reload."""
     from modules import script_callbacks
 
-    from spo.webui import job, sampler, tab, voting, xyz
+    from spo.webui import sampler, xyz
+    from spo.webui.jobs import job, voting
+    from spo.webui.tabs import tab
 
     sampler.register()
     script_callbacks.on_before_ui(xyz.add_axes)
@@ -23,7 +25,7 @@ def register() -> None:
 def _routes(demo: Any, app: Any) -> None:
     from modules import shared
 
-    from spo.webui import api
+    from spo.webui.api import routes
 
     if shared.cmd_opts.api or shared.cmd_opts.nowebui:
-        api.add_routes(app)
+        routes.add_routes(app)

@@ -10,7 +10,7 @@ from typing import Any
 
 from spo.config import read_config_file
 from spo.errors import SpoError
-from spo.trainer import stages
+from spo.training.loop import stages
 from spo.webui import cards, folders
 
 # what training writes into a run folder; nothing else is ever deleted

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from spo.preference.protocol import PreferenceModel
+from spo.algorithm.preference import PreferenceModel
+from spo.algorithm.rollout import PoolVerdict, Rollout, RolloutSettings, sample_spo
 from spo.rng import SeededDraws
-from spo.rollout import PoolVerdict, Rollout, RolloutSettings, sample_spo
 
 NAME = "SPO"
 

@@ -11,7 +11,7 @@ from spo.config import read_config_file, settings
 from spo.errors import SpoError
 from spo.files import exists_already, write_text
 from spo.webui import folders
-from spo.webui.training import HOST_OWNED
+from spo.webui.jobs.training import HOST_OWNED
 
 _RUN = "run: "
 

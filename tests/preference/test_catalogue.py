@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 
 from spo.errors import SpoError
 from spo.preference.catalogue import describe_preference, list_preference_models, named_after
-from spo.preference.demo_taste import LatentCNN, save_demo_taste
+from spo.preference.latent_cnn import LatentCNN, save_demo_taste
 from spo.preference.load import DEMO_FILE
-from tests.preference.test_clip_scores import head_of, save_folder, transformers_clip
+from tests.preference.clip.test_scores import head_of, save_folder, transformers_clip
 from tests.tiny_checkpoints import write_tiny_sd15
 
 TIME = "vision_model.encoder.layers.0.adaLN_modulation.1.bias"

@@ -142,7 +142,7 @@ def test_what_cannot_be_checked_or_found(hub, tmp_path):
 
 
 def test_command_line(hub, tmp_path, capsys):
-    from spo.cli import main
+    from spo.cli.main import main
 
     arguments = ["fetch-preference", "sd15", "--folder", str(tmp_path / "models"), "--hub", hub.url]
     assert main([*arguments, "--dry-run"]) == 0

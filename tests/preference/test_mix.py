@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
+from spo.algorithm.pairs import select_pairs
+from spo.algorithm.preference import Candidates
 from spo.errors import SpoError
-from spo.pairs import select_pairs
 from spo.preference.load import load
 from spo.preference.mix import MixedScore, MixPart, PoolScoresOfModel, is_mix, measured, read_mix, write_mix
-from spo.preference.protocol import Candidates
 
 
 class Fixed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spo.preference.protocol import Candidates
+from spo.algorithm.preference import Candidates
 from spo.preference.small_decode import CHECKED_POOLS, SmallDecode, shrunk
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spo.config import settings
-from spo.webui.bodies import MAX_BYTES
-from spo.webui.training import HOST_OWNED
+from spo.webui.api.bodies import MAX_BYTES
+from spo.webui.jobs.training import HOST_OWNED
 
 ROUTES = {"start": "POST", "stop": "POST", "compare": "POST", "status": "GET", "runs": "GET", "settings": "GET"}
 # each would be accepted but for the one thing that is made wrong

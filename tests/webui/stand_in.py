@@ -64,7 +64,7 @@ def webui(monkeypatch, tmp_path):
         setattr(package, name, module)
         monkeypatch.setitem(sys.modules, f"modules.{name}", module)
     (tmp_path / "Lora").mkdir()
-    from spo.webui import job
+    from spo.webui.jobs import job
 
     monkeypatch.setattr(job, "_current", None)
     monkeypatch.setattr(job, "_thread", None)

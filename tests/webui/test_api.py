@@ -33,7 +33,7 @@ webui = stand_in.webui
 
 
 def client_of(webui):
-    from spo.webui.api import add_routes
+    from spo.webui.api.routes import add_routes
 
     app = FastAPI()
     add_routes(app)
@@ -47,7 +47,7 @@ def client(webui):
 
 def training_that_waits(monkeypatch):
     """Training is a wait for the event, which ends by itself; the event."""
-    from spo.webui import training
+    from spo.webui.jobs import training
 
     go_on = threading.Event()
 
@@ -150,7 +150,7 @@ def test_start_status_second_start_and_stop(client, monkeypatch):
 
 def test_what_training_is_asked_for(client, monkeypatch):
     """Preset, settings, styles reach the training with the checkpoint and the file in the LoRA folder."""
-    from spo.webui import training
+    from spo.webui.jobs import training
 
     seen = []
     monkeypatch.setattr(training, "_train", lambda job, prepared, resume: seen.append((prepared, resume)))
@@ -165,12 +165,12 @@ def test_what_training_is_asked_for(client, monkeypatch):
 
 
 def test_compare_is_asked_for(client, monkeypatch):
-    from spo.webui import job
+    from spo.webui.jobs import job
 
     class Request(SimpleNamespace):
         pass
 
-    module = ModuleType("spo.webui.comparison")
+    module = ModuleType("spo.webui.jobs.comparison")
     seen = []
 
     def start_comparison(request):
@@ -178,7 +178,7 @@ def test_compare_is_asked_for(client, monkeypatch):
         return job.Job("comparison", "never", "task")
 
     vars(module).update(CompareRequest=Request, start_comparison=start_comparison)
-    monkeypatch.setitem(sys.modules, "spo.webui.comparison", module)
+    monkeypatch.setitem(sys.modules, "spo.webui.jobs.comparison", module)
     monkeypatch.setattr(sys.modules["spo.webui"], "comparison", module, raising=False)
     answer = client.post("/spo/v1/compare", json=GOOD["compare"] | {"weights": [0.5, 1], "seeds": [1, 2]})
     assert answer.status_code == 200
@@ -201,7 +201,7 @@ def test_runs_are_listed_even_where_one_is_damaged(client, tmp_path):
 
 
 def test_settings_and_schema(client):
-    from spo.webui.training import HOST_OWNED
+    from spo.webui.jobs.training import HOST_OWNED
 
     told = client.get("/spo/v1/settings").json()
     assert told["settings"]["rank"]["minimum"] == 1

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spo import compare
 from spo.errors import SpoError
-from spo.webui import comparison, job
-from spo.webui.comparison import CompareRequest
+from spo.report import compare
+from spo.webui.jobs import comparison, job
+from spo.webui.jobs.comparison import CompareRequest
 from tests.webui import test_host as host
 
 webui = host.webui

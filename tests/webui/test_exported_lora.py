@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spo.trainer import Watcher, train
+from spo.progress import Watcher
+from spo.training.loop import train
 from tests.tiny_host import MeanOfChannel
 from tests.webui import test_host as host
 

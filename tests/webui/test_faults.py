@@ -50,8 +50,8 @@ def one_run(kind, chance, name, monkeypatch):
     from modules import shared
 
     import spo.preference.load
-    from spo.webui import job
-    from spo.webui.training import TrainingRequest, start_training
+    from spo.webui.jobs import job
+    from spo.webui.jobs.training import TrainingRequest, start_training
 
     calls = chance.randint(1, 12)
     faults = {

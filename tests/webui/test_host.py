@@ -18,8 +18,8 @@ import torch
 
 from spo.config import build_config
 from spo.errors import SpoError
-from spo.lora_file import read_lora
-from spo.trainer import train
+from spo.lora.lora_file import read_lora
+from spo.training.loop import train
 from tests.tiny_host import MeanOfChannel
 
 WEBUI = os.environ.get("SPO_WEBUI_DIR")
@@ -155,7 +155,7 @@ def test_the_training_step_sees_what_the_sampler_saw(webui, tmp_path, name, arch
 
         sd_samplers_cfg_denoiser.CFGDenoiser.forward = look
         try:
-            from spo.rollout import RolloutSettings
+            from spo.algorithm.rollout import RolloutSettings
 
             host.rollout([PROMPT], [3], RolloutSettings(candidates=1), None, None)
         finally:

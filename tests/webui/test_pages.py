@@ -12,8 +12,10 @@ from PIL import Image
 
 from spo.errors import SpoError
 from spo.presets import NAMED, preset
-from spo.webui import folders, job, page, runs, saved_settings, training
-from spo.webui.job import Job, PoolPictures
+from spo.webui import folders, runs, saved_settings
+from spo.webui.jobs import job, training
+from spo.webui.jobs.job import Job, PoolPictures
+from spo.webui.tabs import page
 from tests.webui import stand_in
 
 webui = stand_in.webui

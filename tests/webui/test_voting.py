@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from spo.errors import SpoError
-from tests.preference.test_clip_scores import save_folder, transformers_clip
-from tests.preference.test_pair_data import write_folder
+from tests.preference.clip.test_pair_data import write_folder
+from tests.preference.clip.test_scores import save_folder, transformers_clip
 from tests.webui import test_host as host
 
 webui = host.webui
@@ -39,7 +39,7 @@ def wait_for(what, seconds=60):
 @pytest.mark.parametrize(("name", "architecture"), host.CHECKPOINTS)
 @pytest.mark.parametrize("from_step", [2, None])
 def test_votes_are_kept_and_the_checkpoint_is_as_before(models, name, architecture, from_step):
-    from spo.webui import voting
+    from spo.webui.jobs import voting
 
     host.load(name)
     before = host.txt2img("Euler a")
@@ -67,7 +67,7 @@ def test_votes_are_kept_and_the_checkpoint_is_as_before(models, name, architectu
 
 
 def test_what_cannot_be_voted_on_is_said(models):
-    from spo.webui import voting
+    from spo.webui.jobs import voting
 
     host.load("tiny-sd1")
     for request, told in (
@@ -82,8 +82,8 @@ def test_what_cannot_be_voted_on_is_said(models):
 
 @pytest.mark.parametrize(("name", "architecture"), host.CHECKPOINTS)
 def test_two_pictures_of_ones_own(models, name, architecture):
-    from spo.preference.votes import VoteFolder
-    from spo.webui import voting
+    from spo.preference.taste.votes import VoteFolder
+    from spo.webui.jobs import voting
 
     host.load(name)
     left, right = (Image.fromarray(picture.astype(np.uint8)) for picture in host.txt2img("Euler a"))
@@ -100,7 +100,7 @@ def test_two_pictures_of_ones_own(models, name, architecture):
 
 def test_a_step_aware_clip_is_trained_on_the_loaded_checkpoint(models, tmp_path):
     from spo.preference.catalogue import describe_preference
-    from spo.webui import clip_training, job
+    from spo.webui.jobs import clip_training, job
 
     host.load("tiny-sd1")
     before = host.txt2img("Euler a")

@@ -1,0 +1,1 @@
+"""How things that the project ships were made."""

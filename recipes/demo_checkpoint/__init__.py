@@ -1,0 +1,1 @@
+"""How the demo checkpoint, its preference model and its curves were made."""

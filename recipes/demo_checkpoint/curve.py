@@ -1,0 +1,101 @@
+"""True taste and kept subjects against training: the curve from which the demo's default settings were chosen.
+
+    python -m recipes.demo_checkpoint.curve --folder curve_run --output docs/demo_curve --learning-rates 1e-4 3e-4 1e-3
+
+For each learning rate: train with the demo's settings, save a stage every --every updates, judge each stage on the
+held-out pairs. Writes OUTPUT.csv and OUTPUT.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+from spo.demo.judge import Judge, Judgement, held_out, taste_win_rate
+from spo.demo.run import demo_config
+from spo.headless.compare import adapter_from_file
+from spo.headless.host import HeadlessHost, load_host, load_preference
+from spo.prompts import read_prompts
+from spo.training.loop import stages, train
+
+COLUMNS = ("learning_rate", "step", "win_rate", "win_low", "win_high", "taste", "kept", "base_taste", "base_kept")
+
+
+def judge_stages(folder: Path, learning_rate: float, steps: int, every: int) -> list[dict[str, Any]]:
+    """Train one run and judge its stages: rows of COLUMNS."""
+    changes = {"learning_rate": learning_rate, "steps": steps, "save_every": every, "keep_last": 0, "sample_every": 0}
+    config = demo_config(folder, changes)
+    host = load_host(config)
+    train(host, config, read_prompts(config.prompt.prompts), load_preference(config, host))
+    output = Path(config.run.output)
+    told, seeds = held_out()
+    host.prepare(told)
+    judge = Judge()
+
+    def judged(on: HeadlessHost) -> Judgement:
+        return judge.judge(on.sample(told, seeds), told)
+
+    base = judged(host)
+    rows = []
+    for path in [*stages(output), output]:
+        adapter = adapter_from_file(host, path)
+        verdict = judged(host)
+        adapter.remove()
+        step = steps if path == output else int(path.stem.rpartition("-step")[2])
+        rate = taste_win_rate(verdict, base)
+        values = (
+            learning_rate, step, rate.rate, rate.low, rate.high, float(verdict.taste.mean()), verdict.kept_share,
+            float(base.taste.mean()), base.kept_share,
+        )  # fmt: skip
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+        print(f"lr {learning_rate:g} step {step}: wins {rate.rate:.0%}, kept {verdict.kept_share:.0%}", flush=True)
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Two panels over updates: win rate with its interval, and the share of pictures that keep their subject."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    wins, kept = figure.subplots(1, 2)
+    for rate in dict.fromkeys(row["learning_rate"] for row in rows):
+        mine = [row for row in rows if row["learning_rate"] == rate]
+        steps = [row["step"] for row in mine]
+        line = wins.plot(steps, [row["win_rate"] for row in mine], marker="o", label=f"learning rate {rate:g}")[0]
+        low, high = ([row[name] for row in mine] for name in ("win_low", "win_high"))
+        wins.fill_between(steps, low, high, color=line.get_color(), alpha=0.12)
+        kept.plot(steps, [row["kept"] for row in mine], marker="o", color=line.get_color())
+    base = rows[0]["base_kept"]
+    wins.axhline(0.9, color="grey", linestyle=":", linewidth=1)
+    kept.axhline(base, color="grey", linewidth=1)
+    kept.axhline(base - 0.05, color="grey", linestyle=":", linewidth=1)
+    wins.set(title="wins against base by the rule (64 held-out pairs)", xlabel="updates", ylim=(0, 1.02))
+    kept.set(title="subject recognised (line: base, dotted: 5 points less)", xlabel="updates", ylim=(0, 1.02))
+    wins.legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="where the runs go")
+    parser.add_argument("--output", type=Path, required=True, help="OUTPUT.csv and OUTPUT.png")
+    parser.add_argument("--learning-rates", type=float, nargs="+", required=True)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--every", type=int, default=100)
+    arguments = parser.parse_args()
+    rows = []
+    for rate in arguments.learning_rates:
+        rows += judge_stages(arguments.folder / f"lr{rate:g}", rate, arguments.steps, arguments.every)
+    with arguments.output.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, arguments.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

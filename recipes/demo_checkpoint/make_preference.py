@@ -1,0 +1,177 @@
+"""Fit the demo's preference model to pairs that the rule of taste labelled, by the paper's recipe.
+
+    python -m recipes.demo_checkpoint.make_preference --output spo/demo/preference.safetensors
+
+1. Sample groups of pictures from the demo checkpoint that share their first steps, as SPO's candidates do.
+2. Label every pair of a group by the rule, on the finished pictures.
+3. For each pair add the same noise to both at a timestep drawn uniformly, take the guided clean prediction, and fit
+   the scores by the pairwise cross-entropy. (Paper, section 3.1, but for the network: no CLIP, no decoder.)
+
+Prints the accuracy on pairs of held-out prompts by timestep, which also goes into the file's metadata.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from spo.algorithm.denoiser import GuidedDenoiser
+from spo.algorithm.diffusion import training_sigmas
+from spo.algorithm.rollout import RolloutSettings, sample_spo
+from spo.config import Config
+from spo.demo.judge import held_out
+from spo.demo.rule import colourfulness
+from spo.demo.run import demo_config
+from spo.headless.host import HeadlessHost, load_host
+from spo.preference.latent_cnn import LatentCNN, save_demo_taste
+from spo.prompts import read_prompts
+from spo.rng import SeededDraws, generator, permutation, stable_seed
+
+GROUP = 4  # pictures that share their first steps
+SHOWN_TIMESTEPS = (0, 251, 501, 701)
+
+
+@dataclass(frozen=True)
+class Groups:
+    """clean [G, GROUP, 4, h, w] finished latents; taste [G, GROUP] the rule's value; prompts: one a group."""
+
+    clean: Tensor
+    taste: Tensor
+    prompts: list[str]
+
+
+class BranchingDraws:
+    """Noise that candidates of a group share until step `branch`, and have each their own from then on."""
+
+    def __init__(self, group_seeds: list[int], branches: list[int]) -> None:
+        self.shared = SeededDraws([seed for seed in group_seeds for _ in range(GROUP)])
+        own = [stable_seed(seed, "own", k) for seed in group_seeds for k in range(GROUP)]
+        self.own = SeededDraws(own)
+        self.branches = torch.tensor([branch for branch in branches for _ in range(GROUP)])
+
+    def initial(self, shape: tuple[int, ...]) -> Tensor:
+        return self.shared.initial(shape)
+
+    def noise(self, step: int, candidates: int, like: Tensor) -> Tensor:
+        own = (self.branches <= step)[None, :, None, None, None]
+        return torch.where(own, self.own.noise(step, candidates, like), self.shared.noise(step, candidates, like))
+
+    def parents(self, step: int, candidates: int) -> Tensor:
+        raise AssertionError("plain sampling chooses no parents")
+
+
+def sample_groups(host: HeadlessHost, prompts: list[str], count: int, seed: int, batch: int = 16) -> Groups:
+    """Sample `count` groups over the prompts in turn, branching after 2 to 12 of the 20 steps."""
+    told = [prompts[i % len(prompts)] for i in range(count)]
+    latents, tastes = [], []
+    for first in range(0, count, batch):
+        numbers = range(first, min(first + batch, count))
+        branches = [2 + stable_seed(seed, "branch", number) % 11 for number in numbers]
+        draws = BranchingDraws([stable_seed(seed, "group", number) for number in numbers], branches)
+        arguments = host.arguments([told[number] for number in numbers for _ in range(GROUP)])
+        start = draws.initial((4, 8, 8)) * (1 + host.sigmas[0] ** 2).sqrt()
+        finished = sample_spo(
+            host.denoiser, start, host.sigmas, arguments,
+            settings=RolloutSettings(candidates=1), draws=draws, alphas_cumprod=host.alphas_cumprod,
+        ).x  # fmt: skip
+        latents.append(finished)
+        tastes.append(colourfulness(host.decode(finished)))
+    return Groups(torch.cat(latents).unflatten(0, (-1, GROUP)), torch.cat(tastes).unflatten(0, (-1, GROUP)), told)
+
+
+@torch.no_grad()
+def clean_predictions(host: HeadlessHost, groups: Groups, timestep: Tensor, position: tuple[int | str, ...]) -> Tensor:
+    """[G, GROUP, 4, h, w] guided clean predictions after adding the same noise to all of a group; timestep [G]."""
+    denoiser: GuidedDenoiser = host.denoiser
+    sigma = training_sigmas(host.alphas_cumprod)[timestep]
+    noise = torch.randn(len(timestep), 1, *groups.clean.shape[2:], generator=generator(*position))
+    x = groups.clean + sigma.float()[:, None, None, None, None] * noise
+    told = [prompt for prompt in groups.prompts for _ in range(GROUP)]
+    flat_sigma = sigma.float().repeat_interleave(GROUP)
+    return denoiser(x.flatten(0, 1), flat_sigma, **host.arguments(told)).unflatten(0, (-1, GROUP))
+
+
+def pairwise(scores: Tensor, taste: Tensor) -> tuple[Tensor, Tensor]:
+    """Score differences and labels of all pairs of every group, [G * GROUP * (GROUP - 1) / 2] each."""
+    first, second = torch.triu_indices(GROUP, GROUP, 1)
+    difference = scores[:, first] - scores[:, second]
+    return difference.flatten(), (taste[:, first] > taste[:, second]).float().flatten()
+
+
+def across(scores: Tensor, taste: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+    """The same for pairs of pictures of different prompts, at different timesteps: group g with group g + shift."""
+    label = (taste > taste.roll(shift, 0)).float()
+    return (scores - scores.roll(shift, 0)).flatten(), label.flatten()
+
+
+def accuracy(network: LatentCNN, host: HeadlessHost, groups: Groups, timestep: int) -> float:
+    """Share of pairs whose order the network gets right at one timestep; at 0 on the finished latents."""
+    told = torch.full((len(groups.prompts),), timestep)
+    latents = groups.clean if timestep == 0 else clean_predictions(host, groups, told, ("accuracy", timestep))
+    with torch.no_grad():
+        scores = network(latents.flatten(0, 1), told.repeat_interleave(GROUP)).unflatten(0, (-1, GROUP))
+    difference, label = pairwise(scores, groups.taste)
+    return float(((difference > 0).float() == label).float().mean())
+
+
+def fit(host: HeadlessHost, groups: Groups, config: Config, epochs: int, noises: int, seed: int) -> LatentCNN:
+    """Fit on `noises` noisings of each group, drawn once; `epochs` passes over them."""
+    torch.manual_seed(seed)
+    network = LatentCNN()
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.2)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * noises)
+    timesteps = [
+        torch.randint(0, 900, (len(groups.prompts),), generator=generator(seed, "t", n)) for n in range(noises)
+    ]
+    predicted = [clean_predictions(host, groups, t, (seed, "noise", n)) for n, t in enumerate(timesteps)]
+    print(f"{noises} noisings of {len(groups.prompts)} groups are ready", flush=True)
+    for epoch in range(epochs):
+        losses = []
+        for n in permutation(noises, seed, "order", epoch):
+            scores = network(predicted[n].flatten(0, 1), timesteps[n].repeat_interleave(GROUP)).unflatten(
+                0, (-1, GROUP)
+            )
+            loss = binary_cross_entropy_with_logits(*pairwise(scores, groups.taste))
+            shift = 1 + stable_seed(seed, "shift", epoch, n) % (len(groups.prompts) - 1)
+            loss = loss + binary_cross_entropy_with_logits(*across(scores, groups.taste, shift))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            losses.append(float(loss.detach()))
+        if epoch % 5 == 4:
+            print(f"epoch {epoch + 1}: loss {sum(losses) / len(losses):.4f}", flush=True)
+    return network.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--checkpoint", help="default: the demo checkpoint")
+    parser.add_argument("--groups", type=int, default=768)
+    parser.add_argument("--noises", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=40)
+    arguments = parser.parse_args()
+    changes = {"checkpoint": arguments.checkpoint} if arguments.checkpoint else {}
+    config = demo_config(Path("."), changes)
+    host = load_host(config)
+    prompts, held = read_prompts(config.prompt.prompts), list(dict.fromkeys(held_out()[0]))
+    host.prepare([*prompts, *held])
+    network = fit(
+        host, sample_groups(host, prompts, arguments.groups, seed=1), config, arguments.epochs, arguments.noises, 1
+    )
+    test = sample_groups(host, held, 96, seed=2)
+    table = {str(t): round(accuracy(network, host, test, t), 3) for t in SHOWN_TIMESTEPS}
+    print("accuracy on held-out pairs by timestep:", table)
+    facts = {"name": "demo", "architecture": "sd15", "rule": "colourfulness", "held_out_accuracy": json.dumps(table)}
+    save_demo_taste(network, arguments.output, facts)
+
+
+if __name__ == "__main__":
+    main()

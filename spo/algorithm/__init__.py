@@ -1,0 +1,1 @@
+"""The method itself, torch only; read beside docs/algorithm.md."""

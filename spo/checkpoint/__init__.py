@@ -1,0 +1,1 @@
+"""What a checkpoint file or folder is, and its tensors."""

@@ -1,0 +1,36 @@
+"""What a file is, in a few lines: `spo inspect`."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from spo.checkpoint.single_file import describe as describe_checkpoint
+from spo.checkpoint.single_file import inspect_checkpoint
+from spo.checkpoint.tensor_file import open_tensor_file
+from spo.errors import SpoError
+from spo.lora.lora_file import describe as describe_lora
+from spo.lora.lora_file import read_lora
+from spo.preference.catalogue import describe_preference
+from spo.preference.load import scores_noisy_latents
+from spo.preference.taste.head import describe as describe_taste
+from spo.preference.taste.head import read_taste
+
+
+def describe_file(path: Path) -> str:
+    """Lines about a LoRA, a checkpoint or a preference model; SpoError says what it is when it is none of these."""
+    if scores_noisy_latents(path):
+        return describe_taste(read_taste(open_tensor_file(path)).facts)
+    with suppress(SpoError):
+        return describe_preference(path).text()
+    if path.is_dir():
+        return "\n".join(describe_checkpoint(inspect_checkpoint(path)))
+    try:
+        lora = read_lora(path)
+    except SpoError as not_a_lora:
+        try:
+            return "\n".join(describe_checkpoint(inspect_checkpoint(path)))
+        except SpoError as not_a_checkpoint:
+            known = "LoRA" in str(not_a_checkpoint)
+            raise (not_a_lora if known else not_a_checkpoint) from None
+    return describe_lora(lora).text()

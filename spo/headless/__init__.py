@@ -1,0 +1,1 @@
+"""Training and sampling without a WebUI, over diffusers."""

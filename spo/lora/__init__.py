@@ -1,0 +1,1 @@
+"""LoRA: adapters on a network, module names, files."""

@@ -1,0 +1,1 @@
+"""Preference models that are CLIPs."""

@@ -1,0 +1,1 @@
+"""Votes, and the small step-aware head fitted to them."""

@@ -1,0 +1,316 @@
+"""Fit a taste head to votes: Bradley-Terry with ties on noisy latents, with fresh noise at every step.
+
+The noise of a pair's two pictures is independent, as that of a pool's candidates is. (The paper adds the same noise to
+both; measured on the demo checkpoint, heads fitted so are 1 to 11 points worse on candidates. docs/taste.md)
+
+Votes are dealt into as many folds as the ensemble has members, and each member leaves one fold out. So every vote is
+held out from one member, the accuracy is that of members on votes they have not seen, and no vote is wasted.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spo.algorithm.diffusion import network_input, scaled_linear_alphas_cumprod, training_sigmas
+from spo.algorithm.preference import Candidates, PreferenceModel
+from spo.errors import SpoError
+from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork
+from spo.preference.taste.votes import VoteFolder
+from spo.report.compare import table, wilson_interval
+from spo.rng import generator, permutation, stable_seed
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a taste head is fitted; chosen by measurement (docs/taste.md).
+
+    members        of the ensemble, each leaves one fold of the votes out
+    width          channels of a member's two convolutions
+    updates        of the optimizer (AdamW, one cycle up and down to `learning_rate`); pairs_per_update
+    timestep_max   noise levels are drawn uniformly over timesteps 0 ... timestep_max
+    """
+
+    members: int = 5
+    width: int = 32
+    updates: int = 300
+    pairs_per_update: int = 64
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.2
+    timestep_max: int = 900
+    seed: int = 0
+
+
+def davidson_loss(difference: Tensor, answer: Tensor, log_tie: Tensor) -> Tensor:
+    """[N] negative log likelihood of answers under Bradley-Terry with ties (Davidson 1970, eq. 2.3).
+
+    P(left), P(tie), P(right) = softmax(d / 2, log nu, -d / 2), so that without ties P(left) = sigmoid(d).
+
+    difference  [N] score of the left picture less that of the right one
+    answer      [N] 1: left is preferred, 0.5: a tie, 0: right; log_tie  log nu, 0-dim
+    """
+    logits = torch.stack([-difference / 2, log_tie.expand_as(difference), difference / 2], 1)
+    return nn.functional.cross_entropy(logits, (2 * answer).round().long(), reduction="none")
+
+
+def fold_of(count: int, folds: int, seed: int) -> Tensor:
+    """[count] int64: the fold of each vote; folds differ by one vote at most."""
+    return torch.tensor(permutation(count, seed, "folds")) % folds
+
+
+def fit_member(
+    latents: Tensor, answers: Tensor, settings: FitSettings, member: int, tell: Callable[[float], None] | None = None
+) -> TasteNetwork:
+    """One member fitted to [N, 2, 4, h, w] clean latents and [N] answers (1 left, 0.5 tie, 0 right).
+
+    tell  called with the share of updates done
+    """
+    position = (settings.seed, "taste", member)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stable_seed(*position))
+        network = TasteNetwork(settings.width)
+    log_tie = nn.Parameter(torch.tensor(-1.0))
+    groups: list[dict[str, Any]] = [
+        {"params": list(network.parameters())},
+        {"params": [log_tie], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, settings.learning_rate, weight_decay=settings.weight_decay)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=settings.updates)
+    sigmas = training_sigmas(scaled_linear_alphas_cumprod())[: settings.timestep_max + 1].float()
+    draw = generator(*position, "draws")
+    order: list[int] = []
+    for update in range(settings.updates):
+        if tell is not None:
+            tell(update / settings.updates)
+        if len(order) < min(settings.pairs_per_update, len(latents)):
+            order += torch.randperm(len(latents), generator=draw).tolist()
+        rows = torch.tensor(order[: settings.pairs_per_update])
+        order = order[settings.pairs_per_update :]
+        sigma = sigmas[torch.randint(len(sigmas), (len(rows),), generator=draw)]
+        clean = latents[rows]
+        noise = torch.randn(clean.shape, generator=draw)
+        noisy = (clean + sigma[:, None, None, None, None] * noise).flatten(0, 1)
+        both = sigma.repeat_interleave(2)
+        scores = network(network_input(noisy, both), both).unflatten(0, (-1, 2))
+        loss = davidson_loss(scores[:, 0] - scores[:, 1], answers[rows], log_tie).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+    return network.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------- fitting and judging
+
+SHOWN_TIMESTEPS = (1, 201, 401, 601)
+LEAST_VOTES = 40
+_JUDGING_NOISES = 4
+
+
+@dataclass(frozen=True)
+class VoteSet:
+    """Votes as tensors, those that were skipped left out.
+
+    latents  [N, 2, 4, h, w] float32 clean latents, left and right
+    answers  [N] 1: left is preferred, 0.5: a tie, 0: right
+    ids      N ids of the votes
+    architecture, checkpoint_name, checkpoint_hash  of most of them
+    left_out  votes on pictures of another architecture or size than most, whose latents do not go together
+    """
+
+    latents: Tensor
+    answers: Tensor
+    ids: tuple[str, ...]
+    architecture: str
+    checkpoint_name: str
+    checkpoint_hash: str
+    left_out: int = 0
+
+
+@dataclass(frozen=True)
+class HeldOutAccuracy:
+    """Share of votes that prefer a side whose order is right, 0 ... 1, with its 95 % interval.
+
+    timestep  of the noise that was added; None where none was (another scorer on the finished pictures)
+    """
+
+    scorer: str
+    timestep: int | None
+    share: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What came of fitting: votes that prefer a side, ties, votes left out; accuracies of the head, then of others."""
+
+    preferring: int
+    ties: int
+    left_out: int
+    seconds: float
+    accuracies: tuple[HeldOutAccuracy, ...]
+
+    def text(self) -> str:
+        """A table with one line for each scorer and noise level."""
+        rows = [
+            [
+                entry.scorer,
+                "finished picture" if entry.timestep is None else f"timestep {entry.timestep}",
+                f"{entry.share:.0%} ({entry.low:.0%} to {entry.high:.0%})",
+            ]
+            for entry in self.accuracies
+        ]
+        made = table(rows, ["scorer", "at", "right about held-out votes (95 %)"])
+        beside = f", {self.left_out} of another size or architecture left out" if self.left_out else ""
+        return f"{self.preferring} votes prefer a side, {self.ties} are ties{beside}.\n\n{made}"
+
+
+@dataclass(frozen=True)
+class FittedTaste:
+    """A head and how good it is."""
+
+    head: TasteHead
+    report: FitReport
+
+
+def read_vote_set(folder: VoteFolder) -> VoteSet:
+    """The votes of a folder as tensors. Raises SpoError when there are none to learn from, or latents are missing."""
+    votes = [vote for vote in folder.votes() if vote.answer != "skip"]
+    if not votes:
+        raise SpoError(f'"{folder.path}" holds no vote to learn from: vote left, right or tie on some pairs first.')
+    pairs = [folder.latents(vote.id) for vote in votes]
+    kinds = [(vote.architecture, tuple(latents.shape)) for vote, latents in zip(votes, pairs, strict=True)]
+    kind = Counter(kinds).most_common(1)[0][0]
+    rows = [n for n in range(len(votes)) if kinds[n] == kind]
+    name, digest = Counter((votes[n].checkpoint_name, votes[n].checkpoint_hash) for n in rows).most_common(1)[0][0]
+    share = {"left": 1.0, "tie": 0.5, "right": 0.0}
+    return VoteSet(
+        torch.stack([pairs[n] for n in rows]),
+        torch.tensor([share[votes[n].answer] for n in rows]),
+        tuple(votes[n].id for n in rows),
+        kind[0],
+        name,
+        digest,
+        len(votes) - len(rows),
+    )
+
+
+def fit_taste(
+    votes: VoteSet,
+    settings: FitSettings | None = None,
+    *,
+    name: str = "taste",
+    others: Sequence[HeldOutAccuracy] = (),
+    progress: Callable[[float], None] | None = None,
+) -> FittedTaste:
+    """Fit the ensemble, and measure each member on the fold it left out, by noise level.
+
+    others    further scorers' accuracies, for the report (see `accuracy_of`)
+    progress  called with the share that is done, 0 ... 1; may raise to stop
+
+    Raises SpoError when there are too few votes that prefer a side, or when the head does not order held-out votes
+    better than chance: then the votes contradict each other, or follow nothing that it can see.
+    """
+    settings = settings or FitSettings()
+    began = time.monotonic()
+    prefers = votes.answers != 0.5
+    count = int(prefers.sum())
+    if count < LEAST_VOTES:
+        raise SpoError(
+            f"{count} votes prefer a side; at least {LEAST_VOTES} are needed, and 200 or more make a dependable taste."
+        )
+    folds = fold_of(len(votes.answers), settings.members, settings.seed)
+    members = []
+    for member in range(settings.members):
+        kept = folds != member
+
+        def tell(share: float, member: int = member) -> None:
+            if progress is not None:
+                progress((member + share) / settings.members)
+
+        members.append(fit_member(votes.latents[kept], votes.answers[kept], settings, member, tell))
+    accuracies = [_held_out(members, votes, folds, timestep, settings) for timestep in SHOWN_TIMESTEPS]
+    least_noisy = accuracies[0]
+    if least_noisy.low <= 0.5:
+        raise SpoError(
+            f"the votes teach nothing: on held-out ones the head is right {least_noisy.share:.0%} of the time (95 % "
+            f"interval {least_noisy.low:.0%} to {least_noisy.high:.0%}), no better than chance; vote on more pairs, "
+            f"by one taste, and skip those without a difference ({count} votes prefer a side)."
+        )
+    facts = TasteFacts(
+        name, votes.architecture, votes.checkpoint_name, votes.checkpoint_hash, len(votes.answers), least_noisy.share,
+        json.dumps({str(entry.timestep): round(entry.share, 4) for entry in accuracies}),
+    )  # fmt: skip
+    first = _accuracy("always the first", None, votes.answers[prefers])
+    report = FitReport(
+        count, len(votes.answers) - count, votes.left_out, time.monotonic() - began, (*accuracies, first, *others)
+    )
+    return FittedTaste(TasteHead(members, facts), report)
+
+
+def accuracy_of(preference: PreferenceModel, folder: VoteFolder, votes: VoteSet) -> HeldOutAccuracy:
+    """How often another scorer is right about the finished pictures of the votes, at timestep 0; no decoder needed."""
+    prompts = {vote.id: vote.prompt for vote in folder.votes()}
+    right = []
+    sigma = float(training_sigmas(scaled_linear_alphas_cumprod())[0])
+    for n in (votes.answers != 0.5).nonzero()[:, 0].tolist():
+        pixels = _pixels_of(folder.pictures(votes.ids[n]))
+        pool = votes.latents[n][:, None]
+        candidates = Candidates(pool, sigma, 0.0, pool, partial(_stored, pixels))
+        scores = preference.score(candidates, [prompts[votes.ids[n]]])[:, 0]
+        right.append(_rightness(scores[0] - scores[1], votes.answers[n]))
+    return _accuracy(preference.name, None, torch.stack(right))
+
+
+def _stored(pixels: Tensor, latents: Tensor) -> Tensor:
+    """Stands in for a decoder: the pictures are there already."""
+    return pixels
+
+
+def _pixels_of(pictures: Sequence[Path]) -> Tensor:
+    """[2, 3, height, width] in [-1, 1] of two PNG files."""
+    import numpy as np
+    from PIL import Image
+
+    opened = [np.array(Image.open(path).convert("RGB")) for path in pictures]
+    return torch.stack([torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1 for picture in opened])
+
+
+@torch.no_grad()
+def _held_out(
+    members: Sequence[TasteNetwork], votes: VoteSet, folds: Tensor, timestep: int, settings: FitSettings
+) -> HeldOutAccuracy:
+    """Each member on the fold it left out, with independent noise on both pictures, as candidates have it."""
+    sigma = training_sigmas(scaled_linear_alphas_cumprod())[timestep].float()
+    draw = generator(settings.seed, "held out", timestep)
+    right = torch.zeros(len(votes.answers))
+    for _ in range(_JUDGING_NOISES):
+        noisy = votes.latents + sigma * torch.randn(votes.latents.shape, generator=draw)
+        for number, member in enumerate(members):
+            rows = (folds == number).nonzero()[:, 0]
+            both = sigma.expand(2 * len(rows))
+            scores = member(network_input(noisy[rows].flatten(0, 1), both), both).unflatten(0, (-1, 2))
+            right[rows] += _rightness(scores[:, 0] - scores[:, 1], votes.answers[rows]) / _JUDGING_NOISES
+    return _accuracy("taste head", timestep, right[votes.answers != 0.5])
+
+
+def _rightness(difference: Tensor, answer: Tensor) -> Tensor:
+    """1 where a difference has the sign of the answer (1 left, 0 right), 0.5 where it is zero, else 0."""
+    return (torch.sign(difference) * torch.sign(answer - 0.5)) / 2 + 0.5
+
+
+def _accuracy(scorer: str, timestep: int | None, right: Tensor) -> HeldOutAccuracy:
+    """The mean of [N] shares in 0 ... 1 with Wilson's 95 % interval for N votes."""
+    share = float(right.mean())
+    return HeldOutAccuracy(scorer, timestep, share, *wilson_interval(share, len(right)))

@@ -1,0 +1,181 @@
+"""The taste head: a small step-aware ensemble on the noisy latent, fitted to the user's own votes.
+
+It reads what the sampler has in its hands, the noisy latent and its noise level: no decoded picture, no clean
+prediction, no second network. So a rollout needs no VAE, and evaluates the network only for the candidate that goes on.
+What it reads was chosen by measurement (docs/taste.md). The idea to score noisy latents is LPO's (Zhang et al. 2025,
+arXiv 2502.01051), which reads them with the diffusion network itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spo.algorithm.diffusion import network_input
+from spo.algorithm.preference import Candidates
+from spo.checkpoint.tensor_file import TensorFile, read_tensors
+from spo.errors import SpoError
+from spo.files import write_whole
+
+KIND = "taste"
+LATENT_CHANNELS = 4
+_FREQUENCIES = 8
+
+
+@dataclass(frozen=True)
+class TasteFacts:
+    """What a taste head's file says of itself.
+
+    architecture, checkpoint_name, checkpoint_hash  the checkpoint whose pictures were voted on
+    votes              that prefer a side or call a tie, which it was fitted to
+    held_out_accuracy  share of held-out votes whose order it gets right, at its least noisy level, 0 ... 1
+    accuracy_by_timestep  the same by timestep, as JSON {"1": 0.9, ...}
+    """
+
+    name: str = "taste"
+    architecture: str = "sd15"
+    checkpoint_name: str = ""
+    checkpoint_hash: str = ""
+    votes: int = 0
+    held_out_accuracy: float = 0.0
+    accuracy_by_timestep: str = "{}"
+
+
+class TasteNetwork(nn.Module):
+    """One member: [N, 4, h, w] noisy latents as the UNet sees them (unit variance), [N] sigmas -> [N] scores.
+
+    Two convolutions, each modulated by the noise level (FiLM, Perez et al. 2018); the means and deviations of their
+    features over the picture, and the noise level, go into a small head. Features of larger latents are halved in
+    between, while longer than 16. It knows sigma, not the timestep, so that the checkpoint's schedule does not matter.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.level = nn.Sequential(nn.Linear(2 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, 4 * width))
+        self.enter = nn.Conv2d(LATENT_CHANNELS, width, 3, padding=1)
+        self.inner = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Sequential(nn.Linear(7 * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 1))
+        self.told = nn.Linear(2 * _FREQUENCIES, width)
+
+    def forward(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        levels = _embedded(sigma)
+        scale, shift, inner_scale, inner_shift = self.level(levels)[..., None, None].chunk(4, 1)
+        first = self.enter(latents)
+        lit = nn.functional.silu(first * (1 + scale) + shift)
+        smaller = lit
+        while min(smaller.shape[-2:]) > 16:
+            smaller = nn.functional.avg_pool2d(smaller, 2)
+        second = nn.functional.silu(self.inner(smaller) * (1 + inner_scale) + inner_shift)
+        pooled = [value for x in (first, lit, second) for value in (x.mean((2, 3)), x.flatten(2).std(2))]
+        return self.head(torch.cat([*pooled, self.told(levels)], 1))[:, 0]
+
+
+def _embedded(sigma: Tensor) -> Tensor:
+    """[N] -> [N, 2 * _FREQUENCIES] sines and cosines of log sigma, which runs from about -3.5 to 2.7."""
+    logs = sigma.float().clamp(min=0.01).log()
+    angles = logs[:, None] * torch.linspace(0.2, 2.0, _FREQUENCIES, device=sigma.device)
+    return torch.cat([angles.cos(), angles.sin()], 1)
+
+
+class TasteHead:
+    """The `PreferenceModel` over an ensemble of members, whose mean is the score.
+
+    needs_denoised  off: `sample_spo` may score candidates before the network has seen them
+    """
+
+    needs_pixels = False
+    needs_denoised = False
+
+    def __init__(self, members: Sequence[TasteNetwork], facts: TasteFacts) -> None:
+        self.members = nn.ModuleList(members).eval().requires_grad_(False)
+        self.facts, self.name = facts, facts.name
+
+    @torch.no_grad()
+    def score(self, candidates: Candidates, prompts: Sequence[str]) -> Tensor:
+        """[K, B] float32 log-odds; see `PreferenceModel`. The prompts do not matter."""
+        flat = candidates.x.flatten(0, 1)
+        scores = self.member_scores(flat, candidates.sigma).mean(0)
+        return scores.unflatten(0, candidates.x.shape[:2])
+
+    @torch.no_grad()
+    def member_scores(self, x: Tensor, sigma: float) -> Tensor:
+        """[members, N] float32 scores of [N, 4, h, w] VE latents at one noise level, on the latents' device."""
+        sigmas = torch.full((len(x),), float(sigma), device=x.device)
+        seen = network_input(x.float(), sigmas)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.stack([member(seen, sigmas) for member in self.members.to(x.device)])
+
+
+def choose_pair(head: TasteHead | None, candidates: Sequence[Tensor], seed: int = 0) -> int:
+    """Which of several pairs teaches most: the one whose answer the ensemble's members disagree about most.
+
+    head        None, or no votes yet: one at random
+    candidates  the pairs' clean latents, [2, 4, h, w] each, as in `VotePair`
+
+    The disagreement is the deviation over members of the probability that the left picture is preferred (query by
+    committee, Seung et al. 1992). Raises ValueError when there are no candidates.
+    """
+    if not candidates:
+        raise ValueError("no pairs to choose from")
+    if head is None:
+        from spo.rng import stable_seed
+
+        return stable_seed(seed, "pair") % len(candidates)
+    spread = []
+    for latents in candidates:
+        scores = head.member_scores(latents.float(), sigma=0.0)
+        spread.append(float((scores[:, 0] - scores[:, 1]).sigmoid().std()))
+    return max(range(len(spread)), key=spread.__getitem__)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def save_taste(head: TasteHead, path: Path) -> None:
+    """Write a head as one safetensors file with its facts as metadata, whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {name: value.cpu().float().contiguous() for name, value in head.members.state_dict().items()}
+    metadata = {name: str(value) for name, value in asdict(head.facts).items()}
+    metadata |= {"spo_preference": KIND, "width": str(head.members[0].width), "members": str(len(head.members))}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def read_taste(file: TensorFile, device: torch.device | str = "cpu") -> TasteHead:
+    """The head in a file that `save_taste` wrote, in float32, named after the file. SpoError when it is damaged."""
+    try:
+        count, width = int(file.metadata["members"]), int(file.metadata["width"])
+        told = {field.name: file.metadata[field.name] for field in fields(TasteFacts)}
+        votes, accuracy = int(told.pop("votes")), float(told.pop("held_out_accuracy"))
+        json.loads(told["accuracy_by_timestep"])
+        if not 1 <= count <= 64 or not 1 <= width <= 1024:
+            raise ValueError(f"{count} members of width {width}")
+        members = [TasteNetwork(width) for _ in range(count)]
+        tensors = read_tensors(file, file.tensors)
+        nn.ModuleList(members).load_state_dict({name: value.float() for name, value in tensors.items()})
+    except (KeyError, ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise SpoError(f'"{file.path.name}" is a damaged taste head ({first}); fit it again from the votes.') from error
+    facts = TasteFacts(**{**told, "name": file.path.stem}, votes=votes, held_out_accuracy=accuracy)
+    head = TasteHead(members, facts)
+    head.members.to(device)
+    return head
+
+
+def describe(facts: TasteFacts) -> str:
+    """A few lines for whoever asks what the file is."""
+    levels = json.loads(facts.accuracy_by_timestep)
+    right = ", ".join(f"{share:.0%} at timestep {timestep}" for timestep, share in levels.items())
+    return "\n".join(
+        [
+            f"{facts.name}: a taste head for {facts.architecture}, fitted to {facts.votes} votes",
+            f"voted on    {facts.checkpoint_name or 'unknown'} {facts.checkpoint_hash}".rstrip(),
+            f"right       about held-out votes: {right}",
+        ]
+    )

@@ -1,0 +1,48 @@
+"""Progress and stop: what long work tells whoever watches it, and how it is asked to end. One of the three seams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from spo.algorithm.rollout import PoolVerdict
+
+
+class StopRequested(Exception):  # noqa: N818 - not an error
+    """Raised inside a rollout when the user wants to stop; the rollout is done again on resume."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a watcher is told, after each rollout and each update.
+
+    phase  "rollout" or "training"; fraction 0 ... 1 of the whole run; eta_s None until known
+    metrics  the last finished row of metrics.csv
+    """
+
+    phase: str
+    step: int
+    batch: int
+    fraction: float
+    eta_s: float | None
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Progress and stop, the third seam. All are optional.
+
+    should_stop  asked between updates and between steps of a rollout; True: save and end
+    sample_now   asked between updates; True: sample pictures once
+    saved        told of every LoRA file that was written, while the adapter is still in place
+    """
+
+    progress: Callable[[Progress], None] = lambda progress: None
+    should_stop: Callable[[], bool] = lambda: False
+    sample_now: Callable[[], bool] = lambda: False
+    verdict: Callable[[PoolVerdict], None] = lambda verdict: None
+    log: Callable[[str], None] = lambda text: None
+    saved: Callable[[Path], None] = lambda path: None

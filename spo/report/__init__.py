@@ -1,0 +1,1 @@
+"""What people look at afterwards: win rates, tables, grids, curves. No torch."""

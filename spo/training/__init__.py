@@ -1,0 +1,1 @@
+"""The training loop and what it needs of the world around a checkpoint."""

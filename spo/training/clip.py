@@ -1,0 +1,482 @@
+"""Train a step-aware CLIP on labelled pairs by the published recipe. Paper, section 3.1; read from top to bottom.
+
+Both pictures of a pair are encoded, get the same noise at a timestep drawn uniformly, and are replaced by the guided
+clean prediction of the diffusion model, decoded. The model judges those for that timestep.
+
+Deliberate differences from the published code:
+- the learning rate rises linearly over the warm-up (there logarithmically), then falls linearly to zero, as there;
+- everything random is a function of (seed, update, pair), so a resumed run ends the same, bit for bit;
+- accuracy is measured on prompts that training never sees, and on pairs that are no ties.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from spo.algorithm.diffusion import training_sigmas
+from spo.algorithm.preference import Candidates, PreferenceModel
+from spo.checkpoint.tensor_file import TensorFile, open_tensor_file
+from spo.errors import SpoError
+from spo.files import exists_already
+from spo.preference.clip.loss import pair_label_loss
+from spo.preference.clip.pair_data import PairSource, PicturePair, fitted, is_held_out, picture_tensor
+from spo.preference.clip.scores import clip_tensors, is_plain_clip, weights_in
+from spo.preference.clip.step_aware import StepAwareCLIP, is_step_aware_clip, read_step_aware_clip, save_step_aware_clip
+from spo.preference.clip.towers import check_tensors, clip_shape, read_clip_config, token_ids
+from spo.progress import Progress, Watcher
+from spo.rng import generator
+from spo.runs.state import MetricsFile, RunState, flatten, load_state, restore, save_state
+
+MEASURED_TIMESTEPS = (0, 251, 501, 701, 951)
+# architecture -> what the paper used; the rest of the defaults is the same for both
+PRESETS: dict[str, dict[str, Any]] = {
+    "sd15": {"learning_rate": 3e-6, "steps": 8000},
+    "sdxl": {"learning_rate": 1e-6, "steps": 7000},
+}
+
+
+@dataclass(frozen=True)
+class ClipTraining:
+    """The settings of a training run; the defaults are the paper's for SD1.5.
+
+    output           the .safetensors file to write; state and metrics go to NAME.spo/ beside it
+    width, height    in pixels, of the pictures that the diffusion model sees
+    pairs_per_call   pairs in one pass; their weights (1 / pairs of the prompt) are normalized among them, as published
+    accumulation     passes for one update, so an update has pairs_per_call * accumulation pairs
+    held_out_one_in  one in so many prompts is kept to measure with; 0: none
+    measured_pairs   how many of their pairs are measured
+    measure_every    updates between measurements, besides one before and one at the end; 0: only those two
+    label_gap        with a labelling model: a pair whose softmax probabilities differ by less is a tie
+    train_text       whether the text tower learns, too, as published
+    """
+
+    output: Path
+    width: int = 512
+    height: int = 512
+    steps: int = 8000
+    pairs_per_call: int = 4
+    accumulation: int = 16
+    learning_rate: float = 3e-6
+    warmup_steps: int = 500
+    weight_decay: float = 0.3
+    clip_norm: float = 1.0
+    seed: int = 0
+    held_out_one_in: int = 50
+    measured_pairs: int = 128
+    measure_every: int = 1000
+    save_every: int = 500
+    label_gap: float = 0.1
+    train_text: bool = True
+    save_precision: str = "float32"
+    replace: bool = False
+
+    def __post_init__(self) -> None:
+        lows = {"steps": 1, "pairs_per_call": 1, "accumulation": 1, "width": 64, "height": 64, "measured_pairs": 1}
+        rest = ("learning_rate", "warmup_steps", "weight_decay", "clip_norm", "held_out_one_in", "measure_every")
+        for name, low in {**lows, **dict.fromkeys((*rest, "save_every", "label_gap", "seed"), 0)}.items():
+            value = getattr(self, name)
+            if not low <= value < math.inf:
+                raise SpoError(f"{name} is {value}; accepted are numbers from {low}.")
+        for name in ("width", "height"):
+            if getattr(self, name) % 8:
+                raise SpoError(f"{name} is {getattr(self, name)} pixels; accepted are multiples of 8 from 64.")
+        if self.save_precision not in ("float32", "float16", "bfloat16"):
+            raise SpoError(f'save_precision is "{self.save_precision}"; accepted are float32, float16 and bfloat16.')
+        if self.output.suffix != ".safetensors":
+            raise SpoError(f'output is "{self.output}"; accepted is a name that ends in .safetensors.')
+
+
+class PredictionHost(Protocol):
+    """What training needs of a diffusion model, all without gradient. `headless.HeadlessHost` is one."""
+
+    architecture: str
+    checkpoint_name: str
+    device: torch.device
+
+    @property
+    def alphas_cumprod(self) -> Tensor: ...
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Encode these prompts; the next calls use no others."""
+        ...
+
+    def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
+        """[N, 3, H, W] in [-1, 1] and standard normal noise like the latents -> [N, C, h, w] latents."""
+        ...
+
+    def denoise(self, x: Tensor, sigma: Tensor, prompts: Sequence[str], step: Tensor) -> Tensor:
+        """[N, C, h, w] guided clean prediction at (x, sigma [N]); see `trainer.Host`."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[N, C, h, w] -> [N, 3, H, W] in [-1, 1], float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """share: of `pairs` held-out pairs without ties, those whose winner has the higher score at this timestep."""
+
+    timestep: int
+    share: float
+    pairs: int
+
+
+@dataclass(frozen=True)
+class ClipTrainingReport:
+    """How a run ended. finished: all updates done; output: the file, None when stopped; skipped: unusable pairs."""
+
+    finished: bool
+    steps: int
+    output: Path | None
+    accuracy: tuple[Accuracy, ...]
+    skipped: int
+    run_folder: Path
+
+
+# ---------------------------------------------------------------------------------------------- start
+
+
+def starting_model(path: Path, seed: int = 0) -> StepAwareCLIP:
+    """A step-aware CLIP to train, float32 on the CPU: from PickScore or another CLIP (fresh, neutral modulation), or
+    from a step-aware one to go on with. Raises SpoError for anything else.
+    """
+    file = open_tensor_file(weights_in(path))
+    if is_step_aware_clip(file):
+        return read_step_aware_clip(file)
+    if not is_plain_clip(file):
+        raise SpoError(f'"{path.name}" is neither a CLIP, as PickScore, nor a step-aware one to go on with.')
+    return _with_time(file, path.stem, seed)
+
+
+def _with_time(file: TensorFile, name: str, seed: int) -> StepAwareCLIP:
+    tensors = clip_tensors(file)
+    shapes = {ours: tuple(value.shape) for ours, value in tensors.items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = StepAwareCLIP(clip_shape(shapes, read_clip_config(file), f'"{file.path.name}"'), name)
+    fresh = {ours: v for ours, v in model.state_dict().items() if "adaLN_modulation" in ours or "t_embedder" in ours}
+    own = {ours: tuple(value.shape) for ours, value in fresh.items()}
+    check_tensors(model, {**own, **shapes}, f'"{file.path.name}"', "CLIP without time")
+    model.load_state_dict({**fresh, **{ours: value.float() for ours, value in tensors.items()}})
+    return model.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------- predictions
+
+
+@torch.no_grad()
+def predicted_pictures(
+    host: PredictionHost, pictures: Tensor, captions: Sequence[str], timesteps: Tensor, position: tuple[int | str, ...]
+) -> Tensor:
+    """What the diffusion model makes of noised pairs, decoded: [N, 2, 3, H, W] in [-1, 1], float32.
+
+    pictures   [N, 2, 3, H, W] in [-1, 1]; captions: N; timesteps: [N] whole, 0 ... 999
+    position   from which the noise follows: of pair n, one of the VAE for each picture, and one that both share
+    """
+    count, height, width = len(pictures), pictures.shape[-2] // 8, pictures.shape[-1] // 8
+    shape = (4, height, width)
+    vae_noise = torch.cat([torch.randn(2, *shape, generator=generator(*position, "vae", n)) for n in range(count)])
+    noise = torch.stack([torch.randn(shape, generator=generator(*position, "noise", n)) for n in range(count)])
+    host.prepare(list(captions))
+    latents = host.encode(pictures.flatten(0, 1).to(host.device), vae_noise.to(host.device))
+    sigma = training_sigmas(host.alphas_cumprod)[timesteps.to(host.alphas_cumprod.device)].float().to(host.device)
+    sigma = sigma.repeat_interleave(2)
+    x = latents.float() + sigma[:, None, None, None] * noise.to(host.device).repeat_interleave(2, 0)
+    told = [caption for caption in captions for _ in range(2)]
+    denoised = host.denoise(x, sigma, told, torch.zeros(2 * count, dtype=torch.long, device=host.device))
+    return host.decode(denoised).float().unflatten(0, (count, 2))
+
+
+def pair_scores(model: StepAwareCLIP, pictures: Tensor, captions: Sequence[str], timesteps: Tensor) -> Tensor:
+    """[N, 2] float32 scores of [N, 2, 3, H, W] pictures for their timesteps [N] and captions, with gradient."""
+    image = model.image_features(pictures.flatten(0, 1), timesteps.repeat_interleave(2)).unflatten(0, (-1, 2))
+    text = model.text_features(token_ids(captions))
+    return model.logit_scale.float().exp() * (image * text[:, None]).sum(-1)
+
+
+@torch.no_grad()
+def accuracy_by_timestep(
+    model: StepAwareCLIP,
+    host: PredictionHost,
+    pairs: Sequence[PicturePair],
+    settings: ClipTraining,
+    timesteps: Sequence[int] = MEASURED_TIMESTEPS,
+) -> tuple[Accuracy, ...]:
+    """How often the model agrees with the labels, at each timestep; at 0 on the pictures as they are, as published.
+
+    The noise is the same at every measurement. Ties do not count.
+    """
+    told = [pair for pair in pairs if pair.label_0 != 0.5]
+    found = []
+    for timestep in timesteps:
+        right = 0
+        for start in range(0, len(told), settings.pairs_per_call):
+            some = told[start : start + settings.pairs_per_call]
+            pictures, captions = _tensors(some, settings).to(host.device), [pair.caption for pair in some]
+            times = torch.full((len(some),), timestep)
+            if timestep > 0:
+                position = (settings.seed, "measured", timestep, start)
+                pictures = predicted_pictures(host, pictures, captions, times, position)
+            scores = pair_scores(model, pictures, captions, times).cpu()
+            wins = torch.tensor([pair.label_0 > 0.5 for pair in some])
+            right += int(((scores[:, 0] > scores[:, 1]) == wins).sum())
+        if told:
+            found.append(Accuracy(timestep, right / len(told), len(told)))
+    return tuple(found)
+
+
+@torch.no_grad()
+def labels_by(model: PreferenceModel, pictures: Tensor, captions: Sequence[str], gap: float) -> Tensor:
+    """[N] labels (1, 0, or 0.5 for a tie) by another model's scores of [N, 2, 3, H, W] pictures, as the paper for SDXL.
+
+    gap  a pair is a tie when the softmax probabilities of its two scores differ by no more
+    """
+    pool = pictures.transpose(0, 1)
+    nothing = pictures.new_zeros(2, len(pictures), 4, 1, 1)
+    candidates = Candidates(nothing, 0.0, 0.0, nothing, lambda latents: pool.flatten(0, 1))
+    p0, p1 = model.score(candidates, captions).softmax(0)
+    return torch.where((p0 - p1).abs() > gap, (p0 > p1).float(), 0.5).cpu()
+
+
+def learning_rate(settings: ClipTraining, step: int) -> float:
+    """Of update `step` (from 0): linear up over the warm-up, then linear down to zero at the end."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    rest = max(1, settings.steps - settings.warmup_steps)
+    return settings.learning_rate * max(0.0, (settings.steps - step) / rest)
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+def check_output(settings: ClipTraining) -> None:
+    """Raises SpoError when a file or a run of that name exists and may not be replaced; asked before all loading."""
+    for path in (settings.output, settings.output.with_suffix(".spo") / "state.safetensors"):
+        if path.exists() and not settings.replace:
+            raise exists_already(path)
+
+
+def train_clip(
+    model: StepAwareCLIP,
+    host: PredictionHost,
+    source: PairSource,
+    settings: ClipTraining,
+    watcher: Watcher,
+    *,
+    labeller: PreferenceModel | None = None,
+    resume: bool = False,
+) -> ClipTrainingReport:
+    """Train `model` (see `starting_model`) and write it in the published layout.
+
+    labeller  gives the labels instead of the data, as PickScore did for SDXL
+    resume    go on with the run of settings.output, whose settings must be the same
+
+    Ends early, with its state saved, when the watcher says so. Raises SpoError for an output that exists, for data
+    without a usable pair, and for a loss that is not finite.
+    """
+    return _Run(model, host, source, settings, watcher, labeller, resume).train()
+
+
+class _Run:
+    def __init__(
+        self,
+        model: StepAwareCLIP,
+        host: PredictionHost,
+        source: PairSource,
+        settings: ClipTraining,
+        watcher: Watcher,
+        labeller: PreferenceModel | None,
+        resume: bool,
+    ) -> None:
+        self.host, self.source, self.settings, self.watcher = host, source, settings, watcher
+        self.labeller = labeller
+        self.folder = settings.output.with_suffix(".spo")
+        self.state_path = self.folder / "state.safetensors"
+        if not resume:
+            check_output(settings)
+        self.model = model.to(host.device)
+        self._unfreeze()
+        self.trained = [value for value in model.parameters() if value.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=settings.weight_decay)
+        self.step, self.epoch, self.row = 0, 0, 0
+        self.accuracy: tuple[Accuracy, ...] = ()
+        self.resumed = resume
+        skipped = source.skipped
+        self.held_out = self._held_out_pairs()
+        source.skipped = skipped
+        if resume:
+            self._restore(load_state(self.state_path))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = MetricsFile(self.folder / "metrics.csv", keep_batches=self.step if resume else None)
+        self.measured = MetricsFile(self.folder / "accuracy.csv", keep_batches=self.step + 1 if resume else None)
+        self.began_s, self.began_step = time.monotonic(), self.step
+
+    def train(self) -> ClipTrainingReport:
+        settings = self.settings
+        if not self.resumed:
+            self._measure()
+        pairs = self._training_pairs()
+        while self.step < settings.steps:
+            if self.watcher.should_stop():
+                self._save()
+                return self._report(finished=False)
+            rate = learning_rate(settings, self.step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            losses = [
+                self._backward(list(itertools.islice(pairs, settings.pairs_per_call)), call)
+                for call in range(settings.accumulation)
+            ]
+            norm = torch.nn.utils.clip_grad_norm_(self.trained, settings.clip_norm or math.inf)
+            if not math.isfinite(sum(losses)) or not bool(torch.isfinite(norm)):
+                raise SpoError(f"the loss of update {self.step + 1} is not finite; lower learning_rate ({rate:g}).")
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
+            row: dict[str, object] = {"batch": self.step - 1, "step": self.step}
+            row |= {"loss": sum(losses) / len(losses), "learning_rate": rate, "gradient_norm": float(norm)}
+            last = self.step == settings.steps
+            if last or (settings.measure_every and self.step % settings.measure_every == 0):
+                self._measure()
+            self.metrics.add(row)
+            self._tell({"loss": sum(losses) / len(losses)})
+            if last or (settings.save_every and self.step % settings.save_every == 0):
+                self._save()
+        self._write()
+        return self._report(finished=True)
+
+    def _unfreeze(self) -> None:
+        self.model.requires_grad_(True)
+        if not self.settings.train_text:
+            self.model.text_model.requires_grad_(False)
+            self.model.text_projection.requires_grad_(False)
+
+    def _backward(self, pairs: Sequence[PicturePair], call: int) -> float:
+        """Accumulate the gradient of one pass; its loss."""
+        settings, position = self.settings, (self.settings.seed, "update", self.step, call)
+        captions, pictures = [pair.caption for pair in pairs], _tensors(pairs, settings).to(self.host.device)
+        timesteps = torch.randint(1000, (len(pairs),), generator=generator(*position, "t"))
+        labels = torch.tensor([pair.label_0 for pair in pairs])
+        if self.labeller is not None:
+            labels = labels_by(self.labeller, pictures, captions, settings.label_gap)
+        predicted = predicted_pictures(self.host, pictures, captions, timesteps, position)
+        scores = pair_scores(self.model, predicted, captions, timesteps)
+        counts = torch.tensor([pair.pairs_of_prompt for pair in pairs])
+        loss = pair_label_loss(scores[:, 0], scores[:, 1], labels.to(scores), counts.to(scores))
+        (loss / settings.accumulation).backward()
+        return float(loss.detach())
+
+    def _training_pairs(self) -> Iterator[PicturePair]:
+        """Epoch after epoch without held-out prompts; `row` and `epoch` say where the next pair comes from."""
+        while True:
+            from_start, usable = self.row == 0, False
+            for pair in self.source.pairs(self.settings.seed, self.epoch, self.row):
+                self.row = pair.row + 1
+                if not is_held_out(pair.caption, self.settings.held_out_one_in):
+                    usable = True
+                    yield pair
+            if from_start and not usable:
+                raise SpoError(
+                    f"none of the {len(self.source)} pairs can be trained on: {self.source.skipped} are broken, and "
+                    f"the prompts of the rest are held out (held_out_one_in is {self.settings.held_out_one_in})."
+                )
+            self.epoch, self.row = self.epoch + 1, 0
+
+    def _held_out_pairs(self) -> list[PicturePair]:
+        """The first measured_pairs pairs, as stored, of held-out prompts."""
+        if not self.settings.held_out_one_in:
+            return []
+        found = self.source.pairs(self.settings.seed, -1)
+        ours = (pair for pair in found if is_held_out(pair.caption, self.settings.held_out_one_in))
+        return [_smaller(pair, self.settings) for pair in itertools.islice(ours, self.settings.measured_pairs)]
+
+    def _measure(self) -> None:
+        self.model.requires_grad_(False)
+        self.accuracy = accuracy_by_timestep(self.model, self.host, self.held_out, self.settings)
+        self._unfreeze()
+        if self.accuracy:
+            shares = ", ".join(f"t {entry.timestep}: {entry.share:.1%}" for entry in self.accuracy)
+            self.watcher.log(f"update {self.step}, accuracy on {self.accuracy[0].pairs} held-out pairs: {shares}")
+            shown = {str(entry.timestep): entry.share for entry in self.accuracy}
+            self.measured.add({"batch": self.step, "pairs": self.accuracy[0].pairs, **shown})
+
+    def _tell(self, metrics: dict[str, float]) -> None:
+        done = self.step - self.began_step
+        left_s = (time.monotonic() - self.began_s) / max(1, done) * (self.settings.steps - self.step)
+        self.watcher.progress(
+            Progress("training", self.epoch, self.step, self.step / self.settings.steps, left_s, metrics)
+        )
+
+    # ---- state and output
+
+    def _save(self) -> None:
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        optimizer = flatten(self.optimizer.state_dict(), "optimizer", tensors)
+        facts = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "row": self.row,
+            "skipped": self.source.skipped,
+            "optimizer": optimizer,
+            "settings": self._comparable(),
+            "accuracy": [asdict(entry) for entry in self.accuracy],
+        }
+        save_state(self.state_path, RunState(tensors, facts))
+
+    def _comparable(self) -> dict[str, Any]:
+        """What must be the same to resume."""
+        free = ("output", "replace", "save_every", "save_precision")
+        same = {name: value for name, value in asdict(self.settings).items() if name not in free}
+        return {**same, "pairs": len(self.source), "checkpoint": self.host.checkpoint_name}
+
+    def _restore(self, saved: RunState) -> None:
+        facts = saved.facts
+        ours = self._comparable()
+        for name, value in facts["settings"].items():
+            if ours.get(name) != value:
+                raise SpoError(f"the run to resume has {name} {value}, not {ours.get(name)}; give the same settings.")
+        prefix = "model/"
+        weights = {n.removeprefix(prefix): value for n, value in saved.tensors.items() if n.startswith(prefix)}
+        self.model.load_state_dict(weights)
+        self.optimizer.load_state_dict(restore(facts["optimizer"], saved.tensors))
+        self.step, self.epoch, self.row = facts["step"], facts["epoch"], facts["row"]
+        self.source.skipped = facts["skipped"]
+        self.accuracy = tuple(Accuracy(**entry) for entry in facts["accuracy"])
+
+    def _write(self) -> None:
+        facts = {"architecture": self.host.architecture, "trained_with": self.host.checkpoint_name}
+        facts |= {f"accuracy_{entry.timestep}": f"{entry.share:.4f}" for entry in self.accuracy}
+        dtype = getattr(torch, self.settings.save_precision)
+        save_step_aware_clip(self.model, self.settings.output, facts, dtype=dtype)
+
+    def _report(self, finished: bool) -> ClipTrainingReport:
+        if self.source.skipped:
+            self.watcher.log(
+                f"{self.source.skipped} pairs were skipped, for a picture or label that is broken or missing."
+            )
+        output = self.settings.output if finished else None
+        return ClipTrainingReport(finished, self.step, output, self.accuracy, self.source.skipped, self.folder)
+
+
+def _tensors(pairs: Sequence[PicturePair], settings: ClipTraining) -> Tensor:
+    """[N, 2, 3, height, width] in [-1, 1]."""
+    size = (settings.width, settings.height)
+    return torch.stack(
+        [torch.stack([picture_tensor(side, *size) for side in (p.picture_0, p.picture_1)]) for p in pairs]
+    )
+
+
+def _smaller(pair: PicturePair, settings: ClipTraining) -> PicturePair:
+    """Held-out pairs stay in memory all the time: at the size they are used in."""
+    first, second = (fitted(side, settings.width, settings.height) for side in (pair.picture_0, pair.picture_1))
+    return replace(pair, picture_0=first, picture_1=second)

@@ -1,0 +1,71 @@
+"""What training, voting and comparing need of the world around a checkpoint: one protocol for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spo.algorithm.preference import PreferenceModel
+from spo.algorithm.rollout import PoolVerdict, Rollout, RolloutSettings
+
+
+class Host(Protocol):
+    """A checkpoint that can be sampled and trained. `headless.host` and `webui.host` each have one.
+
+    architecture     "sd15" or "sdxl"; naming: "diffusers" or "ldm", how `network`'s modules are called
+    prediction_type  "epsilon" or "v_prediction"
+    network          the UNet, frozen, into which the adapter goes
+    device           where it computes
+    checkpoint_name, checkpoint_hash  for files that are made with it; the hash may be ""
+    alphas_cumprod   [1000] the network's training schedule
+    decode_batch     latents decoded at a time; lowered when memory runs out
+    """
+
+    architecture: str
+    naming: str
+    prediction_type: str
+    network: nn.Module
+    device: torch.device
+    checkpoint_name: str
+    checkpoint_hash: str
+    decode_batch: int
+
+    @property
+    def alphas_cumprod(self) -> Tensor: ...
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Make these prompts known to the methods below, which take no others. May be called again, with others."""
+        ...
+
+    def rollout(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: RolloutSettings,
+        preference: PreferenceModel | None,
+        watch: Callable[[PoolVerdict], None] | None,
+    ) -> Rollout:
+        """Sample one picture for each prompt through `sample_spo`, without gradient; candidates 1: plain sampling."""
+        ...
+
+    def denoise(self, x: Tensor, sigma: Tensor, prompts: Sequence[str], step: Tensor) -> Tensor:
+        """[N, C, H, W] float32 denoised latents (guidance as configured), with gradient where it is enabled.
+
+        x [N, C, H, W] VE; sigma [N]; prompts: N of those prepared; step [N] of the ladder, for prompts that change
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[N, C, h, w] latents -> [N, 3, 8 h, 8 w] pictures in [-1, 1], float32."""
+        ...
+
+    def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
+        """[N, 3, 8 h, 8 w] pictures in [-1, 1] -> [N, C, h, w] latents: the mean, or by `noise` a draw."""
+        ...
+
+    def set_gradient_checkpointing(self, on: bool) -> None:
+        """Less memory in training for more time; switched on when memory runs out and nothing else helps."""
+        ...

@@ -1,0 +1,116 @@
+"""Training a step-aware CLIP from the tab, on labelled pairs and the loaded checkpoint's predictions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo.config import NATIVE_SIZE_PX, build_config
+from spo.errors import SpoError
+from spo.webui import folders
+from spo.webui.host import architecture_of, borrowed
+from spo.webui.jobs.job import Job, start
+from spo.webui.jobs.voting import votes_folder
+
+if TYPE_CHECKING:
+    from spo.progress import Progress
+    from spo.training.clip import ClipTraining
+
+
+@dataclass(frozen=True)
+class ClipRequest:
+    """pairs: a folder or parquet files (see `pair_data`); start: the model to begin with.
+
+    steps, learning_rate  0: the paper's; size_px: of the pictures, 0: the architecture's own
+    """
+
+    name: str
+    pairs: str
+    start: str
+    labels_from: str = ""
+    steps: int = 0
+    pairs_per_call: int = 4
+    accumulation: int = 16
+    learning_rate: float = 0.0
+    size_px: int = 0
+    resume: bool = False
+
+
+def start_clip_training(request: ClipRequest) -> Job:
+    """Check the request, then train in the WebUI's queue. Raises SpoError at once for what cannot work."""
+    from spo.preference.clip.pair_data import open_pairs
+    from spo.training.clip import PRESETS, ClipTraining, check_output
+
+    architecture = _architecture()
+    votes_folder(request.name)  # the same rule for names
+    if not request.pairs.strip():
+        raise SpoError("The labelled pairs are missing; give the path of a folder or of parquet files.")
+    if not request.start.strip():
+        raise SpoError("The model to start from is missing; choose PickScore, or a step-aware CLIP to go on with.")
+    own = {"steps": request.steps, "learning_rate": request.learning_rate}
+    settings = ClipTraining(
+        output=folders.preference_folder() / f"{request.name.strip()}.safetensors",
+        width=request.size_px or NATIVE_SIZE_PX[architecture],
+        height=request.size_px or NATIVE_SIZE_PX[architecture],
+        pairs_per_call=request.pairs_per_call,
+        accumulation=request.accumulation,
+        **{**PRESETS[architecture], **{name: value for name, value in own.items() if value}},
+    )
+    if not request.resume:
+        check_output(settings)
+    source = open_pairs(request.pairs.strip())
+    return start("preference training", request.name.strip(), lambda job: _train(job, request, settings, source))
+
+
+def _train(job: Job, request: ClipRequest, settings: ClipTraining, source: Any) -> None:
+    from modules import shared
+
+    from spo.preference.clip.accuracy import accuracy_curves, accuracy_table
+    from spo.preference.load import load
+    from spo.progress import Watcher
+    from spo.training.clip import starting_model, train_clip
+
+    job.say("Loading the model to start from ...")
+    values = {
+        "checkpoint": "loaded",
+        "prompts": "pairs",
+        "preference": "none",
+        "output": str(settings.output),
+        "width": settings.width,
+        "height": settings.height,
+        "clip_skip": int(shared.opts.CLIP_stop_at_last_layers),
+    }
+    with borrowed(build_config(values, _architecture())) as host:
+        clip = starting_model(Path(folders.preference_path(request.start)), settings.seed)
+        labeller = None
+        if request.labels_from:
+            path = folders.preference_path(request.labels_from)
+            labeller = load(path, device=host.device, architecture=host.architecture)
+        job.phase = "working"
+        job.say(f"Training {job.name} on {len(source)} pairs.")
+
+        def progress(now: Progress) -> None:
+            job.fraction, job.eta_s, job.step = now.fraction, now.eta_s, now.step
+            job.version += 1
+            shared.state.job_count, shared.state.job_no = 1000, round(now.fraction * 999)
+            shared.state.textinfo = f"update {now.step} of {settings.steps}"
+
+        watcher = Watcher(progress=progress, should_stop=job.asked_to_stop, log=job.say)
+        report = train_clip(clip, host, source, settings, watcher, labeller=labeller, resume=request.resume)
+    if report.accuracy:
+        measured, curves = report.run_folder / "accuracy.csv", report.run_folder / "accuracy.png"
+        accuracy_curves(measured, curves)
+        job.table, job.picture = accuracy_table(measured), curves
+    if report.finished:
+        job.phase, job.fraction = "finished", 1.0
+        job.say(f"Done: {settings.output.name} is in models/SPO; choose it as the preference model.")
+    else:
+        job.phase = "stopped"
+        job.say(f"Stopped after {report.steps} updates; the same settings with Go on continue.")
+
+
+def _architecture() -> str:
+    from modules import sd_models
+
+    return architecture_of(sd_models.model_data.get_sd_model())

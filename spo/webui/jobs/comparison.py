@@ -1,0 +1,403 @@
+"""Base against LoRAs, at weights, over prompts and seeds: one grid of the WebUI's own pictures, with scores.
+
+Pictures are ordinary txt2img pictures with `<lora:NAME:weight>` in the prompt, one at a time, so that a picture of the
+grid is what the user gets from the same prompt and seed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo.errors import SpoError, nearest
+from spo.lora.lora_file import check_matches, read_lora
+from spo.report import compare
+from spo.webui import cards, folders
+from spo.webui.host import architecture_of, users_state_kept
+from spo.webui.jobs.job import Job, start
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from spo.algorithm.preference import PreferenceModel
+
+MAX_PICTURES = 400
+MAX_WEIGHT = 10.0
+_SIDE_PX = {"sd15": 512, "sdxl": 1024}
+
+
+@dataclass(frozen=True)
+class CompareRequest:
+    """What to compare. Columns: the base, then each LoRA at each weight; rows: each prompt with each seed.
+
+    loras       names in the LoRA folder, saved stages too: "vivid", "mine/vivid-step000100"
+    preference  a name of `folders.preference_choices`; "": no scores
+    width, height  in pixels; 0: the architecture's own
+    """
+
+    prompts: Sequence[str]
+    loras: Sequence[str]
+    weights: Sequence[float] = (1.0,)
+    seeds: Sequence[int] = (0,)
+    preference: str = ""
+    negative_prompt: str = ""
+    sampler: str = "Euler a"
+    steps: int = 20
+    guidance_scale: float = 7.0
+    width: int = 0
+    height: int = 0
+
+
+@dataclass(frozen=True)
+class _Column:
+    """label: shown above; tag: added to the prompts."""
+
+    label: str
+    tag: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A request that has been checked; rows are (prompt, seed), checkpoint is the WebUI's record of the loaded one."""
+
+    request: CompareRequest
+    rows: list[tuple[str, int]]
+    columns: list[_Column]
+    architecture: str
+    checkpoint: Any
+    width: int
+    height: int
+    preference: str
+
+    @property
+    def pictures(self) -> int:
+        return len(self.rows) * len(self.columns)
+
+
+@dataclass
+class _Results:
+    """Pictures and scores by (row, column), as far as they are done; infotext: of the first picture, with our notes."""
+
+    pictures: dict[tuple[int, int], Image] = field(default_factory=dict)
+    scores: dict[tuple[int, int], float] = field(default_factory=dict)
+    infotext: str = ""
+    ended_early: str = ""
+
+
+def start_comparison(request: CompareRequest) -> Job:
+    """Check the request, then compare in the WebUI's queue. Raises SpoError at once for what cannot work."""
+    plan = _prepare(request)
+    return start("comparison", ", ".join(dict.fromkeys(request.loras)), lambda job: _compare(job, plan))
+
+
+def _prepare(request: CompareRequest) -> _Plan:
+    from modules import sd_models
+
+    model = sd_models.model_data.get_sd_model()
+    architecture = architecture_of(model)
+    prompts = list(dict.fromkeys(text.strip() for text in request.prompts if text.strip()))
+    if not prompts:
+        raise SpoError("There are no prompts to compare on; write some, one a line.")
+    weights, seeds = _weights(request.weights), _seeds(request.seeds)
+    paths = [_lora_path(name) for name in dict.fromkeys(request.loras)]
+    if not paths:
+        raise SpoError("No LoRA is chosen to compare with the base; choose one or more.")
+    count = len(prompts) * len(seeds) * (1 + len(paths) * len(weights))
+    if count > MAX_PICTURES:
+        raise SpoError(
+            f"{len(prompts)} prompts x {len(seeds)} seeds x {1 + len(paths) * len(weights)} columns are {count} "
+            f"pictures; a comparison makes at most {MAX_PICTURES}, so take fewer prompts, seeds, LoRAs or weights."
+        )
+    _check_sampling(request)
+    for path in paths:
+        check_matches(read_lora(path), model.model.diffusion_model, "ldm", architecture)
+        _check_known_to_prompts(path)
+        for prompt in prompts:
+            if path.stem in _loras_named(prompt):
+                raise SpoError(f'The prompt "{prompt}" names <lora:{path.stem}>, which is compared; take it out there.')
+    columns = [_Column("base", "")] + [
+        _Column(f"{folders.lora_name(path)} : {weight:g}", f"<lora:{path.stem}:{weight:g}>")
+        for path in paths
+        for weight in weights
+    ]
+    return _Plan(
+        request=request,
+        rows=[(prompt, seed) for prompt in prompts for seed in seeds],
+        columns=columns,
+        architecture=architecture,
+        checkpoint=model.sd_checkpoint_info,
+        width=_side("width", request.width, architecture),
+        height=_side("height", request.height, architecture),
+        preference=_preference(request.preference),
+    )
+
+
+def _weights(weights: Sequence[float]) -> list[float]:
+    for weight in weights:
+        if not math.isfinite(weight) or abs(weight) > MAX_WEIGHT:
+            raise SpoError(f"weight {weight:g} cannot be used; give numbers from {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}.")
+    if not weights:
+        raise SpoError("There is no weight to compare at; give one or more, such as 1.")
+    return list(dict.fromkeys(float(f"{weight:g}") for weight in weights))
+
+
+def _seeds(seeds: Sequence[int]) -> list[int]:
+    for seed in seeds:
+        if not 0 <= seed < 2**32:
+            raise SpoError(f"seed {seed} cannot be used; give whole numbers from 0 to {2**32 - 1}.")
+    if not seeds:
+        raise SpoError("There is no seed to compare at; give one or more, such as 0.")
+    return list(dict.fromkeys(int(seed) for seed in seeds))
+
+
+def _check_sampling(request: CompareRequest) -> None:
+    from modules import sd_samplers
+
+    if request.sampler not in sd_samplers.all_samplers_map:
+        known = list(sd_samplers.all_samplers_map)
+        raise SpoError(f'sampler "{request.sampler}" is not known{nearest(request.sampler, known)}.')
+    if not 1 <= request.steps <= 150:
+        raise SpoError(f"steps {request.steps} cannot be used; give 1 to 150.")
+    if not 1 <= request.guidance_scale <= 100:
+        raise SpoError(f"guidance_scale {request.guidance_scale:g} cannot be used; give 1 to 100.")
+
+
+def _side(name: str, px: int, architecture: str) -> int:
+    if px and (px % 8 or not 64 <= px <= 4096):
+        raise SpoError(f"{name} {px} cannot be used; give a multiple of 8 from 64 to 4096, or 0 for the usual size.")
+    return px or _SIDE_PX[architecture]
+
+
+def _preference(name: str) -> str:
+    path = folders.preference_path(name.strip())
+    if path and path != "demo" and not Path(path).is_file():
+        told = nearest(name, folders.preference_choices())
+        raise SpoError(f'There is no preference model "{name}" in {folders.preference_folder()}{told}.')
+    return path
+
+
+def _lora_path(name: str) -> Path:
+    """The file of a name, which may lack its folders where that is unambiguous."""
+    files = folders.lora_files()
+    wanted = name.strip().removesuffix(".safetensors")
+    same_stem = [path for path in files.values() if path.stem == wanted]
+    if wanted in files:
+        return files[wanted]
+    if not same_stem:
+        raise SpoError(f'There is no LoRA "{name}" in {folders.lora_folder()}{nearest(wanted, files)}.')
+    return same_stem[0]
+
+
+def _check_known_to_prompts(path: Path) -> None:
+    """SpoError unless `<lora:STEM:1>` in a prompt means this file and no other."""
+    import sys
+
+    networks: Any = sys.modules.get("networks")
+    if networks is None:
+        raise SpoError("The WebUI's own Lora extension is switched off; switch it on and restart to compare LoRAs.")
+    if re.search(r"[:<>]", path.stem):
+        raise SpoError(f'"{path.name}" cannot be named in a prompt because of its : < or >; rename the file.')
+    same_stem = sorted(p for p in folders.lora_folder().rglob("*") if p.stem == path.stem and _is_lora_file(p))
+    if len(same_stem) > 1:
+        named = " and ".join(str(p.relative_to(folders.lora_folder())) for p in same_stem)
+        raise SpoError(f"Prompts cannot tell {named} apart, as the WebUI goes by the file's name alone; rename one.")
+    if path.stem not in networks.available_networks:
+        cards.refresh_loras()
+    known = networks.available_networks.get(path.stem)
+    if known is None or not path.samefile(known.filename):
+        raise SpoError(f'The WebUI\'s Lora extension does not find "{path.name}"; refresh its tab, or rename the file.')
+
+
+def _is_lora_file(path: Path) -> bool:
+    return path.suffix.lower() in (".safetensors", ".pt", ".ckpt") and path.is_file()
+
+
+def _loras_named(prompt: str) -> set[str]:
+    from modules import extra_networks
+
+    return {one.items[0] for one in extra_networks.parse_prompt(prompt)[1]["lora"] if one.items}
+
+
+# ---------------------------------------------------------------------------------------------------- the work itself
+
+
+def _compare(job: Job, plan: _Plan) -> None:
+    from modules import shared
+
+    from spo.preference.load import load
+
+    if _switched(plan):
+        raise SpoError("The checkpoint was changed while this comparison waited in the queue; start it again.")
+    preference: PreferenceModel | None = None
+    if plan.preference:
+        job.say(f"Loading the preference model {Path(plan.preference).name} ...")
+        preference = load(plan.preference, device=shared.device, architecture=plan.architecture)
+    if job.asked_to_stop():
+        job.phase = "stopped"
+        return job.say("Stopped before the first picture.")
+    job.phase = "working"
+    job.say(f"Making {plan.pictures} pictures.")
+    with users_state_kept():
+        results = _make_pictures(job, plan, preference)
+    if not results.pictures:
+        job.phase = "stopped"
+        return job.say("Stopped before the first picture was done; there is no grid.")
+    job.picture = job.output = _save(plan, results)
+    if preference is not None:
+        scores = {
+            column.label: [results.scores.get((row, number)) for row in range(len(plan.rows))]
+            for number, column in enumerate(plan.columns)
+        }
+        job.table = compare.score_table(scores, preference.name)
+    done = f"{len(results.pictures)} of {plan.pictures} pictures, saved as {job.picture.name}"
+    if results.ended_early:
+        job.phase = "stopped"
+        return job.say(f"{results.ended_early}: {done}.")
+    job.phase, job.fraction, job.eta_s = "finished", 1.0, 0.0
+    job.say(f"Done: {done}.")
+
+
+def _switched(plan: _Plan) -> bool:
+    from modules import sd_models
+
+    model = sd_models.model_data.sd_model
+    return model is None or model.sd_checkpoint_info is not plan.checkpoint
+
+
+def _make_pictures(job: Job, plan: _Plan, preference: PreferenceModel | None) -> _Results:
+    """Column by column, since it is changing a LoRA or its weight that costs the WebUI time."""
+    from modules import shared
+
+    results = _Results()
+    shared.state.time_start = began = time.time()
+    for number, column in enumerate(plan.columns):
+        for row, (prompt, seed) in enumerate(plan.rows):
+            if job.asked_to_stop():
+                results.ended_early = "Stopped"
+                return results
+            done = number * len(plan.rows) + row
+            shared.state.job_count, shared.state.job_no = plan.pictures, done
+            shared.state.textinfo = f"picture {done + 1} of {plan.pictures}, {column.label}"
+            made = _make_picture(plan, f"{prompt} {column.tag}".rstrip(), seed)
+            if _switched(plan):
+                results.ended_early = "The checkpoint was switched, so the comparison ended"
+                return results
+            if made is not None:
+                results.pictures[row, number] = made.picture
+                results.infotext = results.infotext or made.infotext
+                if preference is not None:
+                    results.scores[row, number] = _score(preference, made, prompt)
+            done += 1
+            job.step, job.fraction = done, done / plan.pictures
+            job.eta_s = (time.time() - began) / done * (plan.pictures - done)
+            job.version += 1
+    return results
+
+
+@dataclass(frozen=True)
+class _Made:
+    """picture: as the WebUI shows it; latents [1, 4, h, w]: what it was decoded from; infotext: with our notes."""
+
+    picture: Image
+    latents: Tensor
+    infotext: str
+
+
+def _make_picture(plan: _Plan, prompt: str, seed: int) -> _Made | None:
+    """One ordinary picture, or None where the user skipped or interrupted it."""
+    from modules import processing, shared
+
+    class WithLatents(processing.StableDiffusionProcessingTxt2Img):
+        def sample(self, *args: Any, **kwargs: Any) -> Any:
+            self.final_latents = super().sample(*args, **kwargs)
+            return self.final_latents
+
+    request = plan.request
+    p = WithLatents(
+        sd_model=shared.sd_model,
+        prompt=prompt,
+        negative_prompt=request.negative_prompt,
+        seed=seed,
+        steps=request.steps,
+        cfg_scale=request.guidance_scale,
+        width=plan.width,
+        height=plan.height,
+        sampler_name=request.sampler,
+        scheduler="Automatic",
+        do_not_save_samples=True,
+        do_not_save_grid=True,
+    )
+    try:
+        done = processing.process_images(p)
+        cut_short = shared.state.interrupted or shared.state.skipped
+        shared.state.skipped = False
+        if cut_short or not done.images:
+            return None
+        p.extra_generation_params |= _notes(plan)
+        p.prompts = p.all_prompts
+        infotext = processing.create_infotext(p, p.all_prompts, p.all_seeds, p.all_subseeds)
+        return _Made(done.images[0], p.final_latents.detach(), infotext)
+    finally:
+        p.close()
+
+
+def _notes(plan: _Plan) -> dict[str, str]:
+    """What the grid's infotext tells besides the first picture's."""
+    notes = {"SPO compared": ", ".join(column.label for column in plan.columns)}
+    notes["SPO seeds"] = ", ".join(str(seed) for seed in dict.fromkeys(seed for _, seed in plan.rows))
+    return notes | ({"SPO preference": Path(plan.preference).name} if plan.preference else {})
+
+
+def _score(preference: PreferenceModel, made: _Made, prompt: str) -> float:
+    """Of a finished picture, for the prompt without the networks that it names."""
+    import numpy as np
+    import torch
+    from modules import extra_networks
+
+    from spo.algorithm.preference import Candidates
+
+    latents = made.latents.float()
+
+    def decoded(_: Tensor) -> Tensor:
+        pixels = torch.from_numpy(np.array(made.picture.convert("RGB"))).permute(2, 0, 1)
+        return pixels[None].to(latents.device).float() / 127.5 - 1
+
+    pool = Candidates(latents[None], 0.0, 0.0, latents[None], decoded)
+    with torch.no_grad():
+        score = float(preference.score(pool, [extra_networks.parse_prompt(prompt)[0].strip()])[0, 0])
+    if not math.isfinite(score):
+        raise SpoError(f'The preference model "{preference.name}" gave a score that is not finite.')
+    return score
+
+
+def _save(plan: _Plan, results: _Results) -> Path:
+    """Draw the grid and save it where the WebUI's txt2img grids go, under a new name."""
+    from modules import images, shared
+
+    rows, columns = range(len(plan.rows)), range(len(plan.columns))
+    scored = {place: f"{score:.2f}" for place, score in results.scores.items()}
+    sheet = compare.grid(
+        [[results.pictures.get((row, column)) for column in columns] for row in rows],
+        [f"{prompt}\nseed {seed}" for prompt, seed in plan.rows],
+        [column.label for column in plan.columns],
+        [[scored.get((row, column), "") for column in columns] for row in rows] if scored else None,
+    )
+    prompt, seed = plan.rows[0]
+    path, _ = images.save_image(
+        sheet,
+        shared.opts.outdir_grids or shared.opts.outdir_txt2img_grids,
+        "spo-compare",
+        seed=seed,
+        prompt=prompt,
+        extension=shared.opts.grid_format,
+        info=results.infotext,
+        short_filename=True,
+        grid=True,
+    )
+    return Path(path).absolute()

@@ -1,0 +1,280 @@
+"""A training run as the page and the API ask for it: checked at once, then done by a job."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spo.algorithm.rollout import PoolVerdict
+from spo.config import Config, build_config, read_config_file
+from spo.errors import SpoError
+from spo.progress import Progress, Watcher
+from spo.prompts import read_prompts
+from spo.training.loop import TrainingReport, check_output, stages, train
+from spo.webui import cards, folders, runs
+from spo.webui.host import architecture_of, borrowed
+from spo.webui.jobs.job import Job, PoolPictures, start
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spo.algorithm.preference import PreferenceModel
+    from spo.webui.host import WebUIHost
+
+# settings that are the WebUI's own here, by what the page calls them
+HOST_OWNED = {
+    "checkpoint": "the checkpoint at the top of the page",
+    "vae": "the SD VAE setting",
+    "prediction_type": "the checkpoint's yaml file",
+    "clip_skip": "the Clip skip setting",
+    "precision": "the WebUI's own precision",
+    "device": "the WebUI's own device",
+    "output": "the LoRA name",
+    "run_folder": "the LoRA name",
+    "prompts": "the prompts given",
+}
+SHOWN_PX = 192
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """name: the LoRA's; settings: flat, without those of HOST_OWNED; styles: names, applied to every prompt.
+
+    resume  go on with the run of that name: its own settings and prompts, but for what `settings` gives
+    """
+
+    name: str
+    prompts: Sequence[str] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    styles: Sequence[str] = ()
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that has been checked against the loaded checkpoint and the folders."""
+
+    config: Config
+    prompts: list[str]
+    architecture: str
+
+
+def prepare(request: TrainingRequest) -> Prepared:
+    """Check everything that can be checked without loading anything. Raises SpoError; nothing is touched."""
+    from modules import sd_models, shared
+
+    model = sd_models.model_data.get_sd_model()
+    architecture = architecture_of(model)
+    path = folders.lora_path(request.name)
+    for name in request.settings:
+        if name in HOST_OWNED:
+            raise SpoError(f"{name} is not a setting here: it comes from {HOST_OWNED[name]}; leave it out.")
+    values, prompts = dict(request.settings), [text.strip() for text in request.prompts if text.strip()]
+    if request.resume:
+        folder = folders.run_folder(request.name)
+        if not (folder / "config.json").exists():
+            raise SpoError(f'there is no run "{request.name}" to resume.')
+        values = {**read_config_file(folder / "config.json"), **values}
+        prompts = read_prompts(folder / "prompts.json")
+    else:
+        styles = list(request.styles)
+        prompts = [shared.prompt_styles.apply_styles_to_prompt(text, styles) for text in prompts]
+        if not isinstance(values.get("negative_prompt", ""), str):
+            raise SpoError(f"negative_prompt is {values['negative_prompt']!r}; it must be a text.")
+        negative = shared.prompt_styles.apply_negative_styles_to_prompt(values.get("negative_prompt", ""), styles)
+        values["negative_prompt"] = negative
+    if not prompts:
+        raise SpoError("There are no prompts; write some, one a line, choose a file, or take the bundled list.")
+    values["preference"] = folders.preference_path(str(values.get("preference", "") or ""))
+    if not values["preference"]:
+        raise SpoError(f"No preference model is chosen; put one into {folders.preference_folder()} and choose it.")
+    values |= {
+        "checkpoint": model.sd_checkpoint_info.filename,
+        "prompts": str(folders.run_folder(request.name) / "prompts.json"),
+        "output": str(path),
+        "run_folder": str(folders.run_folder(request.name)),
+        "clip_skip": int(shared.opts.CLIP_stop_at_last_layers),
+        "device": "auto",
+        "precision": "auto",
+        "vae": "",
+        "prediction_type": "auto",
+    }
+    config = build_config(values, architecture)
+    if not request.resume:
+        check_output(config)
+    return Prepared(config, prompts, architecture)
+
+
+def plan_text(request: TrainingRequest) -> str:
+    """What the run will do, in a few lines. Raises SpoError as `prepare`."""
+    from spo.checkpoint.single_file import inspect_checkpoint
+    from spo.headless.plan import make_plan
+
+    prepared = prepare(request)
+    checkpoint = inspect_checkpoint(Path(prepared.config.model.checkpoint))
+    return make_plan(prepared.config, checkpoint, prepared.prompts).text()
+
+
+def start_training(request: TrainingRequest) -> Job:
+    """Check the request, then train in the WebUI's queue. Raises SpoError at once for what cannot work."""
+    prepared = prepare(request)
+    return start(
+        "training",
+        folders.lora_name(Path(prepared.config.run.output)),
+        lambda job: _train(job, prepared, request.resume),
+    )
+
+
+def _train(job: Job, prepared: Prepared, resume: bool) -> None:
+    from spo.preference.load import load
+    from spo.preference.small_decode import SmallDecode
+    from spo.report import compare
+
+    config = prepared.config
+    job.say(f"Loading the preference model {Path(config.preference.preference).name} ...")
+    with borrowed(config) as host:
+        if host.architecture != prepared.architecture:
+            raise SpoError("The checkpoint was changed while this run waited in the queue; press Start again.")
+        job.asked_to_stop()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            preference = load(
+                config.preference.preference,
+                device=host.device,
+                dtype=_dtype(config.preference.preference_precision),
+                architecture=host.architecture,
+            )
+        for warning in told:
+            job.say(str(warning.message))
+        if config.preference.small_decode and preference.needs_pixels:
+            preference = SmallDecode(preference, job.say)
+        job.asked_to_stop()
+        job.phase = "working"
+        job.say(f"Training {job.name} on {host.checkpoint_name}.")
+        report = train(host, config, prepared.prompts, preference, _watcher(job, host, preference), resume=resume)
+    compare.curves(report.run_folder / "metrics.csv", report.run_folder / "curves.png")
+    cards.refresh_loras()
+    _tell_end(job, config, report)
+
+
+def _tell_end(job: Job, config: Config, report: TrainingReport) -> None:
+    job.output = report.output
+    if report.output is None:
+        job.phase = "finished" if report.finished else "stopped"
+        if report.finished:
+            threshold = config.rollout.threshold
+            job.say(f"No pair was kept, so there is no LoRA: lower threshold (now {threshold:g}) or use more prompts.")
+        else:
+            job.say("Stopped before the first update; Resume in the Runs tab goes on.")
+        return
+    name = folders.lora_name(report.output)
+    if report.finished:
+        job.phase, job.fraction = "finished", 1.0
+        job.say(f"Done: {name} is in the Lora tab; <lora:{report.output.stem}:1> in a prompt uses it.")
+    else:
+        job.phase = "stopped"
+        job.say(f"Stopped after {report.steps} updates and saved as {name}; Resume in the Runs tab goes on.")
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
+
+
+def _watcher(job: Job, host: WebUIHost, preference: PreferenceModel) -> Watcher:
+    from modules import shared
+
+    shown = _PoolShown(job, host, preference)
+    folder = Path(host.config.run.run_folder)
+    job.rows.extend(runs.metrics(folder))
+
+    def progress(now: Progress) -> None:
+        job.fraction, job.eta_s, job.step = now.fraction, now.eta_s, now.step
+        if now.metrics and (not job.rows or job.rows[-1].get("batch") != now.metrics.get("batch")):
+            job.rows.append(dict(now.metrics))
+        samples = sorted((folder / "samples").glob("step*.png"))
+        job.picture = samples[-1] if samples else None
+        job.version += 1
+        _show_in_bar(job, shared.state)
+
+    return Watcher(
+        progress=progress,
+        should_stop=job.asked_to_stop,
+        sample_now=job.take_sample_wish,
+        verdict=shown,
+        log=job.say,
+        saved=lambda path: _saved(job, host, path),
+    )
+
+
+def _show_in_bar(job: Job, state: Any) -> None:
+    """The WebUI's progress bar, whose time left is what it makes of the fraction and the start."""
+    known = job.fraction >= 0.01  # before that its time left would be far off
+    state.job_count, state.job_no = (1000, round(job.fraction * 999)) if known else (0, 0)
+    if job.eta_s is not None and job.fraction > 0:
+        state.time_start = time.time() - job.eta_s * job.fraction / (1 - job.fraction + 1e-9)
+    state.textinfo = f"{job.shown_phase}, update {job.step}"
+
+
+def _saved(job: Job, host: WebUIHost, path: Path) -> None:
+    from modules import errors, shared
+
+    shared.state.interrupted = shared.state.stopping_generation = False  # or there would be no preview
+    try:
+        cards.write_card(host, path)
+    except Exception as error:  # a LoRA without a preview is better than a run that ends for want of one
+        errors.report(f"SPO: no card for {path.name}", exc_info=True)
+        job.say(f"{path.name} has no preview picture ({type(error).__name__}).")
+    cards.drop_cards_without_lora(stages_of=Path(host.config.run.output), kept=stages(Path(host.config.run.output)))
+    cards.refresh_loras()
+    job.say(f"Saved {folders.lora_name(path)}.")
+
+
+class _PoolShown:
+    """Turns now and then a verdict into pictures for the page, for at most a twentieth of the time, if any looks."""
+
+    def __init__(self, job: Job, host: WebUIHost, preference: PreferenceModel) -> None:
+        self.job, self.host, self.preference = job, host, preference
+        self.next_s = 0.0
+
+    def __call__(self, verdict: PoolVerdict) -> None:
+        from modules import shared
+
+        _show_in_bar(self.job, shared.state)
+        began = time.monotonic()
+        if began < self.next_s or time.time() - self.job.looked_at_s > 10:
+            return
+        self.job.pool = self._pictures(verdict)
+        self.job.version += 1
+        now = time.monotonic()
+        self.next_s = now + 20 * (now - began)
+
+    def _pictures(self, verdict: PoolVerdict) -> PoolPictures:
+        from spo.images import to_picture
+
+        one = 0  # the first image of the batch
+        pixels: Tensor = (
+            verdict.candidates.pixels()[:, one]
+            if self.preference.needs_pixels
+            else self.host.decode(verdict.candidates.denoised[:, one])
+        )
+        pictures = [to_picture(candidate.float().cpu()) for candidate in pixels]
+        for picture in pictures:
+            picture.thumbnail((SHOWN_PX, SHOWN_PX))
+        choice = verdict.selection
+        return PoolPictures(
+            pictures=pictures,
+            scores=verdict.scores[:, one].tolist(),
+            win=int(choice.win[one]),
+            lose=int(choice.lose[one]),
+            parent=int(verdict.parents[one]),
+            kept=bool(choice.kept[one]),
+            step=verdict.step,
+            timestep=round(verdict.timestep),
+            prompt=self.host.last_prompts[one],
+        )

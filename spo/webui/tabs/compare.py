@@ -1,0 +1,132 @@
+"""The Compare tab: prompts x LoRA files or stages x weights, with scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import gradio as gr
+
+from spo.errors import SpoError
+from spo.webui import folders
+from spo.webui.jobs import job
+from spo.webui.jobs.comparison import CompareRequest, start_comparison
+from spo.webui.tabs import page
+
+_NO_SCORES = "none"
+T = TypeVar("T", int, float)
+
+
+@dataclass(frozen=True)
+class CompareFields:
+    """The fields that another tab may fill in."""
+
+    loras: Any
+    prompts: Any
+    width: Any
+    height: Any
+
+
+def build() -> CompareFields:
+    """The tab's contents; call inside its TabItem."""
+    from modules import sd_samplers
+    from modules.ui_common import create_refresh_button
+
+    with gr.Row():
+        with gr.Column(scale=4, min_width=360):
+            with gr.Row():
+                loras = gr.Dropdown(
+                    folders.lora_names(), label="LoRAs and stages", multiselect=True, elem_id="spo_compare_loras"
+                )
+                create_refresh_button(
+                    loras, lambda: None, lambda: {"choices": folders.lora_names()}, "spo_compare_refresh"
+                )
+            prompts = gr.Textbox(label="Prompts, one a line", lines=4, max_lines=12, elem_id="spo_compare_prompts")
+            negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="spo_compare_negative")
+            with gr.Row():
+                weights = gr.Textbox("0.5, 1", label="Weights", elem_id="spo_compare_weights")
+                seeds = gr.Textbox("1, 2", label="Seeds", elem_id="spo_compare_seeds")
+            with gr.Row():
+                preference = gr.Dropdown(
+                    [_NO_SCORES, *folders.preference_choices()],
+                    value=_NO_SCORES,
+                    label="Preference model",
+                    info="Its scores stand under the pictures.",
+                    elem_id="spo_compare_preference",
+                )
+                sampler = gr.Dropdown(
+                    [sampler.name for sampler in sd_samplers.visible_samplers()],
+                    value="Euler a",
+                    label="Sampling method",
+                    elem_id="spo_compare_sampler",
+                )
+            with gr.Row():
+                steps = gr.Number(20, precision=0, label="Sampling steps", elem_id="spo_compare_steps")
+                guidance = gr.Number(5.0, label="CFG scale", elem_id="spo_compare_cfg")
+                width = gr.Number(0, precision=0, label="Width", info="0: the model's.", elem_id="spo_compare_width")
+                height = gr.Number(0, precision=0, label="Height", info="0: likewise.", elem_id="spo_compare_height")
+        with gr.Column(scale=6, min_width=420):
+            with gr.Row():
+                start = gr.Button("Compare", variant="primary", elem_id="spo_compare_start")
+                stop = gr.Button("Stop", variant="stop", elem_id="spo_compare_stop")
+            said = gr.HTML(elem_id="spo_compare_said")
+            with gr.Group(elem_id="spo_compare_progress_holder"):
+                gr.HTML("", elem_id="spo_compare_progress")
+            gr.HTML("", elem_id="spo_compare_status")
+
+    asked = [prompts, loras, weights, seeds, preference, negative, sampler, steps, guidance, width, height]
+    start.click(_start, asked, [said]).then(None, [], [], _js="() => spo_refresh_now()")
+    stop.click(_stop, [], [said], queue=False)
+    return CompareFields(loras, prompts, width, height)
+
+
+def _start(*given: Any) -> str:
+    try:
+        start_comparison(_request(*given))
+    except SpoError as error:
+        return page.error(str(error))
+    return ""
+
+
+def _request(
+    prompts: str,
+    loras: list[str] | None,
+    weights: str,
+    seeds: str,
+    preference: str,
+    negative: str,
+    sampler: str,
+    steps: float | None,
+    guidance: float | None,
+    width: float | None,
+    height: float | None,
+) -> CompareRequest:
+    return CompareRequest(
+        prompts=(prompts or "").splitlines(),
+        loras=tuple(loras or ()),
+        weights=_numbers("Weights", weights, float),
+        seeds=_numbers("Seeds", seeds, int),
+        preference="" if preference == _NO_SCORES else preference or "",
+        negative_prompt=negative or "",
+        sampler=sampler or "Euler a",
+        steps=int(steps or 0),
+        guidance_scale=float(guidance or 0),
+        width=int(width or 0),
+        height=int(height or 0),
+    )
+
+
+def _numbers(label: str, text: str, kind: Callable[[str], T]) -> list[T]:
+    try:
+        return [kind(part) for part in (text or "").replace(";", ",").split(",") if part.strip()]
+    except ValueError:
+        raise SpoError(f'{label} are "{text[:80]}"; give numbers with commas between them.') from None
+
+
+def _stop() -> str:
+    try:
+        job.stop("save")
+    except SpoError as error:
+        return page.error(str(error))
+    return page.note("Stopping; what is done so far is kept.")

@@ -1,0 +1,73 @@
+"""The Runs tab: earlier runs with their curves and samples, to resume or to delete."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from spo.errors import SpoError
+from spo.webui import folders, runs
+from spo.webui.jobs import job
+from spo.webui.jobs.training import TrainingRequest, start_training
+from spo.webui.tabs import page
+
+
+def build() -> None:
+    """The tab's contents; call inside its TabItem."""
+    from modules.ui_common import create_refresh_button
+
+    with gr.Row():
+        with gr.Column(scale=2, min_width=320):
+            with gr.Row():
+                chosen = gr.Dropdown(folders.run_names(), label="Run", elem_id="spo_run")
+                create_refresh_button(chosen, lambda: None, lambda: {"choices": folders.run_names()}, "spo_run_refresh")
+            with gr.Row():
+                steps = gr.Number(0, precision=0, label="Updates in all", info="0: as before.", elem_id="spo_run_steps")
+                resume = gr.Button("Resume", variant="primary", elem_id="spo_resume")
+            with gr.Row():
+                files_too = gr.Checkbox(False, label="Delete its LoRA files, too", elem_id="spo_delete_files")
+                delete = gr.Button("Delete", variant="stop", elem_id="spo_delete")
+            said = gr.HTML(elem_id="spo_runs_said")
+        with gr.Column(scale=5, min_width=420):
+            facts = gr.HTML(elem_id="spo_run_facts")
+    chosen.change(_show, [chosen], [facts])
+    resume.click(
+        _resume, [chosen, steps], [said], _js="(...given) => { setTimeout(() => spo_follow(), 1000); return given; }"
+    )
+    delete.click(_delete, [chosen, files_too], [said, chosen], _js="spo_confirm_delete")
+
+
+def _show(name: str | None) -> str:
+    if not name:
+        return ""
+    try:
+        run = runs.read(name)
+    except SpoError as error:
+        return page.error(str(error))
+    curves = page.curves(run.rows) if run.rows else ""
+    return f"{page.note(run.text())}{curves}{page.pictures(run.samples[-4:])}"
+
+
+def _resume(name: str | None, steps: float | None) -> str:
+    try:
+        if not name:
+            raise SpoError("Choose a run first.")
+        settings = {"steps": int(steps)} if steps else {}
+        started = start_training(TrainingRequest(name, settings=settings, resume=True))
+    except SpoError as error:
+        return page.error(str(error))
+    return page.note(f"Going on with {started.name}; see the Train tab.")
+
+
+def _delete(name: str, files_too: bool) -> tuple[str, Any]:
+    if not name:
+        return "", gr.update()
+    try:
+        current = job.current()
+        if current is not None and current.live and current.name == name:
+            raise SpoError(f'"{name}" is still going on; stop it first.')
+        deleted = runs.delete(name, files_too)
+    except SpoError as error:
+        return page.error(str(error)), gr.update()
+    return page.note(f"Deleted {deleted} files of {name}."), gr.update(choices=folders.run_names(), value=None)

@@ -1,0 +1,105 @@
+"""Whole sampling runs of the published implementation, replayed: same candidates, pairs, order and parents.
+
+The network is a table: what the recording's network answered to an input. The test asserts that our inputs are the
+recorded ones to 1e-5 and answers with the recorded outputs.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from spo.algorithm.diffusion import denoised_from_output, network_input, sigma_ladder, training_sigmas
+from spo.algorithm.rollout import RolloutSettings, sample_spo
+from tests.conftest import relative_error
+
+RUNS = {
+    "trajectory_sd15_epsilon": ("epsilon", {}),
+    "trajectory_sd15_v_prediction": ("v_prediction", {}),
+    "trajectory_sdxl_inner3": ("epsilon", {"inner_steps": 3}),
+    # without inner steps the published SDXL sampler never scores a pool drawn at the last step (timestep 1)
+    "trajectory_sdxl_inner0": ("epsilon", {"timestep_min": 2}),
+}
+
+
+class Recording:
+    """Network, draws and preference model that read their answers from a recording and check what they are asked."""
+
+    name, needs_pixels = "recorded", False
+
+    def __init__(self, tensors: dict[str, Tensor], prediction_type: str) -> None:
+        self.t, self.prediction_type = tensors, prediction_type
+        self.calls = self.scored = self.chosen = 0
+        self.levels = training_sigmas(tensors["alphas_cumprod"])
+
+    def network(self, x: Tensor, sigma: Tensor) -> Tensor:
+        timestep = int(self.t["timesteps"][self.calls])
+        torch.testing.assert_close(sigma.double(), self.levels[timestep].expand(len(sigma)), rtol=1e-6, atol=0)
+        recorded_in, recorded_out = (self.t[f"step{self.calls:02d}.unet_{side}"] for side in ("in", "out"))
+        self.calls += 1
+        assert relative_error(torch.cat([network_input(x, sigma)] * 2), recorded_in) < 1e-5
+        unconditional, conditional = recorded_out.chunk(2)
+        output = unconditional + self.t["guidance_scale"] * (conditional - unconditional)
+        return denoised_from_output(x, output, sigma, self.prediction_type)
+
+    def noise(self, step: int, candidates: int, like: Tensor) -> Tensor:
+        recorded = self.t[f"noise{step:02d}"].reshape(-1, *like.shape)
+        return recorded[:candidates]  # the published SDXL code steps all candidates at the end, needlessly
+
+    def parents(self, step: int, candidates: int) -> Tensor:
+        recorded = self.t.get(f"next_index{self.chosen:02d}", torch.zeros(len(self.t["x_T"]), dtype=torch.int64))
+        self.chosen += 1
+        return recorded
+
+    def score(self, candidates, prompts) -> Tensor:
+        pool = candidates.x.shape[:2]
+        scores = self.t["out.preference_scores"].reshape(-1, *pool)[self.scored]
+        if f"scores{self.scored:02d}" in self.t:
+            assert torch.equal(scores.flatten(), self.t[f"scores{self.scored:02d}"])
+        self.scored += 1
+        return scores
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_replays_the_published_sampler(golden, name):
+    t = golden(name)
+    prediction_type, changes = RUNS[name]
+    settings = RolloutSettings(
+        candidates=int(t["K"]),
+        divert_start_step=int(t["divert_start_step"]),
+        threshold=float(t["threshold"]),
+        **changes,
+    )
+    alphas = t["alphas_cumprod"]
+    sigmas = sigma_ladder("ddim", len(t["timesteps"]), alphas)
+    recording = Recording(t, prediction_type)
+    rollout = sample_spo(
+        recording.network,
+        t["x_T"] * (1 + sigmas[0] ** 2).sqrt(),
+        sigmas,
+        settings=settings,
+        draws=recording,
+        alphas_cumprod=alphas,
+        preference=recording,
+        prompts=[""] * len(t["x_T"]),
+    )
+    assert recording.calls == 20
+    assert recording.scored == t["out.preference_scores"].numel() // (settings.candidates * len(t["x_T"]))
+    pairs = rollout.pairs
+    assert pairs is not None
+
+    timesteps = t["out.valid_timesteps"][:, 0]
+    assert pairs.step.tolist() == [t["timesteps"].tolist().index(value) for value in timesteps.tolist()]
+    assert relative_error(pairs.sigma.double(), training_sigmas(alphas)[timesteps]) < 1e-6
+    prompts = t["out.valid_prompt_embeds"].flatten(1)
+    owner = (prompts[:, None] - t["prompt_embeds"].flatten(1)[None]).abs().sum(-1).argmin(1)
+    assert torch.equal(pairs.image, owner)
+
+    current = t["out.valid_current_latents"]  # one latent, or win and lose each their own
+    assert relative_error(network_input(pairs.x_win, pairs.sigma), current[:, 0]) < 1e-5
+    assert relative_error(network_input(pairs.x_lose, pairs.sigma), current[:, -1]) < 1e-5
+    following = t["out.valid_next_latents"]
+    assert relative_error(network_input(pairs.next_win, pairs.sigma_next), following[:, 0]) < 1e-5
+    assert relative_error(network_input(pairs.next_lose, pairs.sigma_next), following[:, 1]) < 1e-5
+    assert pairs.shared.tolist() == [bool(torch.equal(pair[0], pair[-1])) for pair in current]

@@ -1,0 +1,230 @@
+"""The taste head: fitting, refusing, scores, files, choosing pairs, and rollouts that need no prediction."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from spo.algorithm.preference import Candidates
+from spo.algorithm.rollout import RolloutSettings
+from spo.cli.main import main
+from spo.config import build_config
+from spo.errors import SpoError
+from spo.preference.load import load, scores_noisy_latents
+from spo.preference.taste.fit import FitSettings, accuracy_of, davidson_loss, fit_taste, fold_of, read_vote_set
+from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork, choose_pair, save_taste
+from spo.preference.taste.votes import VoteFolder
+from tests.tiny_host import MeanOfChannel, TinyHost
+from tests.vote_worlds import answer, pair, vote_set
+
+QUICK = FitSettings(members=2, width=8, updates=60)
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return fit_taste(vote_set(120), QUICK, name="mine")
+
+
+def candidates(x: torch.Tensor, sigma: float = 0.5) -> Candidates:
+    def no_decoder(latents):
+        raise AssertionError("the taste head decodes nothing")
+
+    return Candidates(x, sigma, 100.0, torch.full_like(x, float("nan")), no_decoder)
+
+
+def test_votes_that_follow_a_rule_are_learnt(fitted):
+    by_timestep = {entry.timestep: entry for entry in fitted.report.accuracies if entry.scorer == "taste head"}
+    assert by_timestep[1].share > 0.9 > 0.5 < by_timestep[1].low < by_timestep[1].share < by_timestep[1].high
+    assert by_timestep[601].share < by_timestep[1].share
+    first = fitted.report.accuracies[-1]
+    assert first.scorer == "always the first" and 0.3 < first.share < 0.7
+    assert fitted.head.facts.votes == 120 and fitted.head.facts.held_out_accuracy == by_timestep[1].share
+    assert "timestep 401" in fitted.report.text() and "always the first" in fitted.report.text()
+
+
+def test_scores_follow_the_rule_and_the_noise_level(fitted):
+    x = torch.zeros(3, 2, 4, 8, 8)
+    x[:, :, 0] += torch.tensor([-1.0, 0.0, 1.0])[:, None, None, None]
+    scores = fitted.head.score(candidates(x), ["a", "b"])
+    assert scores.shape == (3, 2) and scores.dtype == torch.float32
+    assert bool((scores[0] < scores[1]).all() and (scores[1] < scores[2]).all())
+    torch.testing.assert_close(scores[:, 0], scores[:, 1])
+    noisier = fitted.head.score(candidates(x * 1.0, sigma=8.0), ["a", "b"])
+    assert float((noisier[2] - noisier[0]).mean()) < float((scores[2] - scores[0]).mean())
+
+
+def test_larger_latents_are_scored(fitted):
+    assert fitted.head.score(candidates(torch.randn(2, 1, 4, 64, 48)), ["a"]).isfinite().all()
+
+
+def test_fitting_is_a_function_of_votes_and_seed(fitted):
+    again = fit_taste(vote_set(120), QUICK, name="mine")
+    for name, value in again.head.members.state_dict().items():
+        assert torch.equal(value, fitted.head.members.state_dict()[name])
+
+
+def test_too_few_votes_are_refused():
+    with pytest.raises(SpoError, match="30 votes prefer a side; at least 40 are needed"):
+        fit_taste(vote_set(30), QUICK)
+
+
+def test_ties_are_no_votes_that_prefer_a_side():
+    votes = vote_set(60)
+    votes.answers[:30] = 0.5
+    with pytest.raises(SpoError, match="30 votes prefer a side"):
+        fit_taste(votes, QUICK)
+
+
+def test_contradictory_votes_are_refused():
+    with pytest.raises(SpoError, match="the votes teach nothing.*no better than chance"):
+        fit_taste(vote_set(120, truth=False), QUICK)
+
+
+def test_whoever_always_says_left_is_refused():
+    votes = vote_set(120)
+    votes.answers[:] = 1
+    with pytest.raises(SpoError, match="the votes teach nothing"):
+        fit_taste(votes, QUICK)
+
+
+def test_ties_are_learnt_from():
+    votes = vote_set(120)
+    difference = votes.latents[:, 0, 0].mean((1, 2)) - votes.latents[:, 1, 0].mean((1, 2))
+    votes.answers[difference.abs() < 0.5] = 0.5
+    made = fit_taste(votes, QUICK)
+    assert made.report.ties > 10 and made.report.accuracies[0].share > 0.9
+    assert made.report.preferring + made.report.ties == 120 == made.head.facts.votes
+
+
+def test_the_loss_is_davidsons():
+    d, nu = torch.tensor([0.7, 0.7, 0.7]), 0.4
+    strong, weak = math.exp(0.7), 1.0  # strengths of left and right
+    total = strong + weak + nu * math.sqrt(strong * weak)
+    expected = [-math.log(strong / total), -math.log(nu * math.sqrt(strong * weak) / total), -math.log(weak / total)]
+    found = davidson_loss(d, torch.tensor([1.0, 0.5, 0.0]), torch.tensor(math.log(nu)))
+    torch.testing.assert_close(found, torch.tensor(expected))
+    without = davidson_loss(d, torch.tensor([1.0, 1.0, 1.0]), torch.tensor(-100.0))
+    torch.testing.assert_close(without, -d.sigmoid().log())
+
+
+def test_folds_are_even():
+    assert torch.bincount(fold_of(103, 5, 0)).tolist() == [21, 21, 21, 20, 20]
+
+
+def test_a_file_is_read_back(fitted, tmp_path):
+    save_taste(fitted.head, tmp_path / "mine.safetensors")
+    read = load(tmp_path / "mine.safetensors")
+    assert scores_noisy_latents(tmp_path / "mine.safetensors") and not scores_noisy_latents("demo")
+    assert isinstance(read, TasteHead) and read.facts == fitted.head.facts and not read.needs_pixels
+    x = torch.randn(2, 3, 4, 8, 8)
+    assert torch.equal(read.score(candidates(x), ["a"] * 3), fitted.head.score(candidates(x), ["a"] * 3))
+    with pytest.warns(UserWarning, match="was made for sd15, the checkpoint is sdxl"):
+        load(tmp_path / "mine.safetensors", architecture="sdxl")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(1)}, tmp_path / "bad.safetensors", {"spo_preference": "taste", "width": "8"})
+    with pytest.raises(SpoError, match='"bad.safetensors" is a damaged taste head'):
+        load(tmp_path / "bad.safetensors")
+
+
+def test_the_pair_that_divides_the_members_is_chosen():
+    torch.manual_seed(0)
+    head = TasteHead([TasteNetwork(4), TasteNetwork(4)], TasteFacts())
+    same = torch.randn(1, 4, 8, 8).expand(2, -1, -1, -1)
+    assert choose_pair(head, [same, torch.randn(2, 4, 8, 8) * 3, same]) == 1
+    assert choose_pair(None, [same] * 5, seed=1) in range(5)
+    assert len({choose_pair(None, [same] * 5, seed=n) for n in range(20)}) > 1
+
+
+def test_a_rollout_evaluates_only_who_goes_on(fitted):
+    config = build_config({"checkpoint": "x", "prompts": "x", "preference": "x", "output": "x"}, "sd15")
+    settings = RolloutSettings(threshold=0.0, divert_start_step=15)
+
+    def run(preference):
+        host = TinyHost(config)
+        host.prepare(["a"])
+        return host, host.rollout(["a"], [1], settings, preference, None)
+
+    host, rolled = run(fitted.head)
+    assert host.evaluations == 2 * 20
+    assert len(rolled.pools) == 5
+    other, usual = run(MeanOfChannel())
+    assert other.evaluations == 2 * (16 + 4 * 4)
+    torch.testing.assert_close(rolled.x, usual.x)  # the same parents, whoever judges
+
+
+def test_an_inner_window_is_evaluated_until_its_end(fitted):
+    config = build_config({"checkpoint": "x", "prompts": "x", "preference": "x", "output": "x"}, "sd15")
+    host = TinyHost(config)
+    host.prepare(["a"])
+    settings = RolloutSettings(candidates=2, inner_steps=3, threshold=0.0, divert_start_step=12)
+    host.rollout(["a"], [1], settings, fitted.head, None)
+    assert host.evaluations == 2 * (14 + 6 * 2)
+
+
+def test_the_command_line(tmp_path, capsys):
+    folder = VoteFolder(tmp_path / "votes")
+    for number in range(60):
+        made = pair(number)
+        folder.add(made, "skip" if number % 10 == 9 else answer(made))
+    flags = ["train-preference", "--kind", "taste", "--updates", "30", "--votes", str(folder.path)]
+    output = tmp_path / "mine.safetensors"
+    assert main([*flags, "--output", str(output), "--against", "demo"]) == 0
+    told = capsys.readouterr().out
+    assert "54 votes prefer a side, 0 are ties." in told and "always the first" in told and "finished picture" in told
+    assert load(output).facts.checkpoint_hash == "0123456789"
+    assert main(["inspect", str(output)]) == 0
+    assert "mine: a taste head for sd15, fitted to 54 votes" in capsys.readouterr().out
+    assert main([*flags, "--output", str(output)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main([*flags, "--output", str(tmp_path / "mine.bin")]) == 2
+    assert main(["train-preference", "--output", str(tmp_path / "x.safetensors")]) == 2
+    assert "--votes is missing" in capsys.readouterr().err
+    assert main([*flags[:-1], str(tmp_path / "none"), "--output", str(tmp_path / "x.safetensors")]) == 2
+    assert "holds no vote" in capsys.readouterr().err
+
+
+def test_votes_of_another_size_are_left_out(tmp_path):
+    folder = VoteFolder(tmp_path)
+    for number in range(3):
+        folder.add(pair(number), "left")
+    made = pair(5)
+    wide = made.__class__(**{**made.__dict__, "latents": torch.zeros(2, 4, 8, 16)})
+    folder.add(wide, "left")
+    votes = read_vote_set(folder)
+    assert len(votes.answers) == 3 and votes.left_out == 1
+
+
+def test_another_scorer_sees_the_stored_pictures(tmp_path):
+    class Brightness:
+        name, needs_pixels = "bright", True
+
+        def score(self, candidates, prompts):
+            return candidates.pixels().mean((2, 3, 4))
+
+    folder = VoteFolder(tmp_path)
+    for number in range(10):
+        made = pair(number)
+        bright = made.pixels.mean((1, 2, 3))
+        folder.add(made, "left" if bright[0] > bright[1] else "right")
+    assert accuracy_of(Brightness(), folder, read_vote_set(folder)).share == 1.0
+
+
+def test_the_plan_counts_what_a_taste_head_saves(fitted, tmp_path):
+    from spo.checkpoint.single_file import inspect_checkpoint
+    from spo.demo.run import demo_config
+    from spo.headless.plan import make_plan
+
+    save_taste(fitted.head, tmp_path / "mine.safetensors")
+
+    def evaluations(preference: str) -> int:
+        config = demo_config(tmp_path, {"preference": preference})
+        return make_plan(config, inspect_checkpoint(config.model.checkpoint), ["ghost"]).network_evaluations
+
+    assert evaluations("demo") == 2 * (5 + 4 * 15)
+    assert evaluations(str(tmp_path / "mine.safetensors")) == 2 * 20

@@ -1,0 +1,64 @@
+"""Pairs to vote on: what they share, what differs, in any host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from spo.algorithm.rollout import RolloutSettings
+from spo.config import build_config
+from spo.errors import SpoError
+from spo.training.vote_pairs import make_pairs
+from tests.tiny_host import TinyHost
+
+
+class PictureHost(TinyHost):
+    """The tiny host with a decoder."""
+
+    def decode(self, latents):
+        return latents[:, :3].tanh().repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+@pytest.fixture
+def host():
+    values = {"checkpoint": "x", "prompts": "x", "preference": "x", "output": "x"}
+    made = PictureHost(build_config(values, "sd15"))
+    made.prepare(["a", "b"])
+    return made
+
+
+def test_the_first_picture_is_the_seeds_own(host):
+    first, second = make_pairs(host, ["a", "b"], [5, 6], from_step=10)
+    ordinary = host.rollout(["a", "b"], [5, 6], RolloutSettings(candidates=1), None, None).x
+    torch.testing.assert_close(torch.stack([first.latents[0], second.latents[0]]), ordinary)
+    assert not torch.equal(first.latents[0], first.latents[1])
+    assert first.seed_left == first.seed_right == 5 and first.from_step == 10 and first.prompt == "a"
+    assert first.pixels.shape == (2, 3, 64, 64) and first.latents.shape == (2, 4, 8, 8)
+    assert (first.architecture, first.checkpoint_name, first.checkpoint_hash) == (
+        "sd15",
+        "tiny.safetensors",
+        "0123456789",
+    )
+
+
+def test_the_earlier_they_part_the_more_they_differ(host):
+    def distance(from_step):
+        left, right = make_pairs(host, ["a"], [5], from_step)[0].latents
+        return float((left - right).abs().mean())
+
+    assert distance(2) > distance(14) > distance(19) > 0
+
+
+def test_two_seeds(host):
+    made = make_pairs(host, ["a", "b"], [5, 6], from_step=None)
+    ordinary = host.rollout(["a", "b"], [5, 6], RolloutSettings(candidates=1), None, None).x
+    torch.testing.assert_close(torch.stack([pair.latents[0] for pair in made]), ordinary)
+    assert made[0].seed_right not in (5, 6, made[1].seed_right) and made[0].from_step == -1
+    other = host.rollout(["b"], [made[1].seed_right], RolloutSettings(candidates=1), None, None).x
+    torch.testing.assert_close(made[1].latents[1], other[0])
+
+
+@pytest.mark.parametrize("from_step", [20, -1])
+def test_a_step_that_is_none_is_refused(host, from_step):
+    with pytest.raises(SpoError):
+        make_pairs(host, ["a"], [5], from_step)
