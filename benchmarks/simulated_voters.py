@@ -59,7 +59,8 @@ from spo.images import to_picture
 from spo.preference.taste.fit import FitSettings, VoteSet, davidson_loss, fit_member, fit_taste
 from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork
 from spo.prompts import read_prompts
-from spo.report.compare import grid, win_rate
+from spo.report.grids import grid
+from spo.report.win_rate import win_rate
 from spo.rng import generator, stable_seed
 from spo.training.loop import rollout_settings, run_folder_of, train
 from spo.training.vote_pairs import make_pairs

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from spo.checkpoint.single_file import describe as describe_checkpoint
 from spo.checkpoint.single_file import inspect_checkpoint
@@ -15,6 +18,17 @@ from spo.preference.catalogue import describe_preference
 from spo.preference.load import scores_noisy_latents
 from spo.preference.taste.head import describe as describe_taste
 from spo.preference.taste.head import read_taste
+
+
+def add_inspect(command: Callable[[str, Callable[[argparse.Namespace], int], str], Any]) -> None:
+    """Add the command to the command line; `command(name, run, text)` makes its parser."""
+    parser = command("inspect", _run, "Say what a LoRA, a checkpoint or a preference model is.")
+    parser.add_argument("file", type=Path)
+
+
+def _run(options: argparse.Namespace) -> int:
+    print(describe_file(options.file))
+    return 0
 
 
 def describe_file(path: Path) -> str:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from spo.cli.progress_bar import progress_bar
 from spo.cli.train_taste import add_taste_arguments, train_taste
 from spo.errors import SpoError
 
@@ -81,7 +82,6 @@ def _run(options: argparse.Namespace) -> int:
 
 def _train_clip(options: argparse.Namespace) -> int:
     from spo.checkpoint.single_file import inspect_checkpoint
-    from spo.cli.main import progress_bar
     from spo.config import NATIVE_SIZE_PX, build_config
     from spo.headless.host import load_host
     from spo.preference.clip.accuracy import accuracy_curves, accuracy_table

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spo.demo.rule import colourfulness
 from spo.demo.subjects import load as load_classifier
-from spo.report.compare import WinRate, win_rate
+from spo.report.win_rate import WinRate, win_rate
 
 HERE = Path(__file__).parent
 FIRST_SEED = 1000  # the judge's seeds start here; nothing else of the demonstration uses them

@@ -17,7 +17,9 @@ from spo.images import to_picture
 from spo.presets import preset
 from spo.progress import Watcher
 from spo.prompts import read_prompts
-from spo.report import compare
+from spo.report.curves import curves
+from spo.report.grids import grid
+from spo.report.tables import table
 
 CHECKPOINT = HERE / "demo.safetensors"
 
@@ -66,7 +68,7 @@ def run_demo(folder: Path, watched: Callable[[], AbstractContextManager[Watcher]
         if not report.finished:
             print(f"Stopped after {report.steps} updates; run the same command again to go on.")
             return 130
-    compare.curves(run_folder_of(output) / "metrics.csv", folder / "curves.png")
+    curves(run_folder_of(output) / "metrics.csv", folder / "curves.png")
 
     print("Judging base and LoRA on 64 held-out prompt-and-seed pairs ...")
     told, seeds = held_out()
@@ -77,11 +79,11 @@ def run_demo(folder: Path, watched: Callable[[], AbstractContextManager[Watcher]
     adapter.remove()
     judge = Judge()
     verdicts = {name: judge.judge(column.pixels, told) for name, column in columns.items()}
-    table = result_table(columns, verdicts)
+    lines = result_table(columns, verdicts)
     save_demo_grid(columns, verdicts, told, folder / "grid.png")
-    facts = {"table": table, "steps": config.optimizer.steps, "seconds": time.monotonic() - began}
+    facts = {"table": lines, "steps": config.optimizer.steps, "seconds": time.monotonic() - began}
     result.write_text(json.dumps(facts, indent=2) + "\n")
-    print(f"\n{table}\n\nLoRA    {output}\ngrid    {folder / 'grid.png'}\ncurves  {folder / 'curves.png'}")
+    print(f"\n{lines}\n\nLoRA    {output}\ngrid    {folder / 'grid.png'}\ncurves  {folder / 'curves.png'}")
     return 0
 
 
@@ -101,9 +103,8 @@ def save_demo_grid(
             rows.append([to_picture(pixels) for pixels in column.pixels[part]])
             labels.append(name)
             captions.append([f"{prompt}: {taste:.0f}" for prompt, taste in zip(prompts[part], tastes, strict=True)])
-    compare.grid(rows, labels, [""] * 10, captions, title="colourfulness, the rule of taste, before and after").save(
-        path
-    )
+    sheet = grid(rows, labels, [""] * 10, captions, title="colourfulness, the rule of taste, before and after")
+    sheet.save(path)
 
 
 def result_table(columns: Mapping[str, Samples], verdicts: Mapping[str, Judgement]) -> str:
@@ -120,7 +121,7 @@ def result_table(columns: Mapping[str, Samples], verdicts: Mapping[str, Judgemen
     ]
     headers = ["", "true taste (colourfulness)", "preference score", "subject recognised"]
     return (
-        f"{compare.table(rows, headers)}\n\n"
+        f"{table(rows, headers)}\n\n"
         f"The LoRA's picture is more colourful in {rate.rate:.0%} of {len(verdicts['base'].taste)} held-out pairs "
         f"(95 % interval {rate.low:.0%} to {rate.high:.0%})."
     )

@@ -18,7 +18,8 @@ from spo.headless.host import HeadlessHost, load_host, load_preference
 from spo.images import to_picture
 from spo.lora.adapter import Adapter
 from spo.lora.lora_file import check_matches, read_lora
-from spo.report import compare
+from spo.report.grids import grid
+from spo.report.tables import score_table
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,11 @@ def compare_loras(
             columns[f"{path.stem} : {weight:g}"] = samples(host, preference, told, drawn)
         adapter.remove()
     save_grid(columns, [f"{prompt}\nseed {seed}" for prompt, seed in rows], output)
-    return compare.score_table({label: column.scores.tolist() for label, column in columns.items()}, preference.name)
+    return score_table({label: column.scores.tolist() for label, column in columns.items()}, preference.name)
 
 
 def save_grid(columns: dict[str, Samples], row_labels: Sequence[str], output: Path) -> None:
     """Pictures with their scores under them, one column for each of `columns`."""
     pictures = [[to_picture(column.pixels[row]) for column in columns.values()] for row in range(len(row_labels))]
     captions = [[f"{float(column.scores[row]):.2f}" for column in columns.values()] for row in range(len(row_labels))]
-    compare.grid(pictures, row_labels, list(columns), captions).save(output)
+    grid(pictures, row_labels, list(columns), captions).save(output)

@@ -41,6 +41,7 @@ from spo.lora.adapter import Adapter, modules_of_kinds
 from spo.lora.lora_file import LoraFacts, LoraLayer, check_matches, lora_metadata, read_lora, with_one_alpha, write_lora
 from spo.lora.module_names import file_name
 from spo.progress import Progress, StopRequested, Watcher
+from spo.report.grids import grid
 from spo.rng import permutation, stable_seed
 from spo.runs.state import MetricsFile, RunState, flatten, keep_newest, load_state, restore, save_state
 from spo.training.host import Host
@@ -529,8 +530,6 @@ class _Run:
 
     def _sample(self) -> None:
         """One row of pictures at fixed seeds, samples/step000100.png."""
-        from spo.report.compare import grid
-
         prompts = self.sample_prompts
         plain = RolloutSettings(candidates=1, eta=self.config.rollout.eta)
         seeds = [self.config.run.sample_seed + i for i in range(len(prompts))]

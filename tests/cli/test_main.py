@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from spo.cli.main import main
+from spo.cli.main import main, parser
+from spo.cli.settings_flags import given_values
 from spo.lora.lora_file import read_lora
 from spo.preference.latent_cnn import LatentCNN, save_demo_taste
 from tests.tiny_checkpoints import write_tiny_sd15, write_tiny_sdxl
@@ -107,10 +108,8 @@ def test_flags_and_configuration_file_have_the_same_names(files, tmp_path, capsy
 
 
 def test_a_preset_gives_way_to_flags(files, tmp_path):
-    from spo.cli.main import _given, _parser
-
     asked = ["train", "--preset", "quick", "--rank", "2", "--output", str(tmp_path / "a.safetensors")]
-    values = _given(_parser().parse_args(asked))
+    values = given_values(parser().parse_args(asked))
     assert (values["rank"], values["sampling_steps"]) == ("2", 12)
 
 

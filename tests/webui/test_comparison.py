@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from spo.errors import SpoError
-from spo.report import compare
 from spo.webui.jobs import comparison, job
 from spo.webui.jobs.comparison import CompareRequest
 from tests.webui import test_host as host
@@ -19,15 +18,6 @@ from tests.webui import test_host as host
 webui = host.webui
 in_webui = pytest.mark.skipif(not os.environ.get("SPO_WEBUI_DIR"), reason="SPO_WEBUI_DIR does not name a WebUI")
 NAMES = {"tiny-sd1": "spo-test-compare-sd15", "tiny-sdxl": "spo-test-compare-sdxl"}
-
-
-def test_score_table_of_a_comparison_that_was_stopped():
-    table = compare.score_table({"base": [1.0, 2.0, 3.0], "a : 1": [2.0, 3.0, None], "b : 1": [None] * 3}, "taste")
-    lines = table.splitlines()
-    assert lines[0].split("  ")[-1] == "wins against base (95 %)" and "mean score (taste)" in lines[0]
-    assert lines[2].split() == ["base", "2.000", "-"]
-    assert lines[3].split()[:5] == ["a", ":", "1", "2.500", "100%"]
-    assert lines[4].split() == ["b", ":", "1", "-", "-"]
 
 
 @pytest.mark.parametrize("weights", [[float("nan")], [float("inf")], [10.5], []])

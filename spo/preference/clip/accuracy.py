@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spo.errors import SpoError
 from spo.files import write_whole
-from spo.report.compare import table
+from spo.report.tables import table
 
 
 def accuracy_table(path: Path, *, markdown: bool = False) -> str:

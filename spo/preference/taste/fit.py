@@ -26,7 +26,8 @@ from spo.algorithm.preference import Candidates, PreferenceModel
 from spo.errors import SpoError
 from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork
 from spo.preference.taste.votes import VoteFolder
-from spo.report.compare import table, wilson_interval
+from spo.report.tables import table
+from spo.report.win_rate import wilson_interval
 from spo.rng import generator, permutation, stable_seed
 
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from spo.errors import SpoError, nearest
 from spo.lora.lora_file import check_matches, read_lora
-from spo.report import compare
+from spo.report.grids import grid
+from spo.report.tables import score_table
 from spo.webui import cards, folders
 from spo.webui.host import architecture_of, users_state_kept
 from spo.webui.jobs.job import Job, start
@@ -254,7 +255,7 @@ def _compare(job: Job, plan: _Plan) -> None:
             column.label: [results.scores.get((row, number)) for row in range(len(plan.rows))]
             for number, column in enumerate(plan.columns)
         }
-        job.table = compare.score_table(scores, preference.name)
+        job.table = score_table(scores, preference.name)
     done = f"{len(results.pictures)} of {plan.pictures} pictures, saved as {job.picture.name}"
     if results.ended_early:
         job.phase = "stopped"
@@ -382,7 +383,7 @@ def _save(plan: _Plan, results: _Results) -> Path:
 
     rows, columns = range(len(plan.rows)), range(len(plan.columns))
     scored = {place: f"{score:.2f}" for place, score in results.scores.items()}
-    sheet = compare.grid(
+    sheet = grid(
         [[results.pictures.get((row, column)) for column in columns] for row in rows],
         [f"{prompt}\nseed {seed}" for prompt, seed in plan.rows],
         [column.label for column in plan.columns],

@@ -14,6 +14,7 @@ from spo.config import Config, build_config, read_config_file
 from spo.errors import SpoError
 from spo.progress import Progress, Watcher
 from spo.prompts import read_prompts
+from spo.report.curves import curves
 from spo.training.loop import TrainingReport, check_output, stages, train
 from spo.webui import cards, folders, runs
 from spo.webui.host import architecture_of, borrowed
@@ -132,7 +133,6 @@ def start_training(request: TrainingRequest) -> Job:
 def _train(job: Job, prepared: Prepared, resume: bool) -> None:
     from spo.preference.load import load
     from spo.preference.small_decode import SmallDecode
-    from spo.report import compare
 
     config = prepared.config
     job.say(f"Loading the preference model {Path(config.preference.preference).name} ...")
@@ -156,7 +156,7 @@ def _train(job: Job, prepared: Prepared, resume: bool) -> None:
         job.phase = "working"
         job.say(f"Training {job.name} on {host.checkpoint_name}.")
         report = train(host, config, prepared.prompts, preference, _watcher(job, host, preference), resume=resume)
-    compare.curves(report.run_folder / "metrics.csv", report.run_folder / "curves.png")
+    curves(report.run_folder / "metrics.csv", report.run_folder / "curves.png")
     cards.refresh_loras()
     _tell_end(job, config, report)
 
