@@ -22,6 +22,14 @@ def write_text(path: Path, text: str) -> None:
     write_whole(path, lambda temporary: temporary.write_bytes(text.encode()))
 
 
+def size_text(size_bytes: int) -> str:
+    """Bytes as people read them: 5.22 GB."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if size_bytes >= unit:
+            return f"{size_bytes / unit:.2f} {name}"
+    return f"{size_bytes / 1e3:.0f} kB"
+
+
 def exists_already(path: Path) -> SpoError:
     """What to raise when a file may not be replaced."""
     return SpoError(f'"{path}" exists already; choose another name, or allow it to be replaced.')

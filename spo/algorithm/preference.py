@@ -44,12 +44,13 @@ class PreferenceModel(Protocol):
 
     name          what the interface and the file metadata call it
     needs_pixels  whether `score` calls `candidates.pixels()`; a rollout without it needs no VAE
-    needs_denoised  may be left out, and is then True: whether `score` looks at `candidates.denoised` or its pixels; a
-                  rollout without it evaluates the network only for the candidate that goes on
+    needs_denoised  whether `score` looks at `candidates.denoised` or its pixels; a rollout without it evaluates the
+                  network only for the candidate that goes on
     """
 
     name: str
     needs_pixels: bool
+    needs_denoised: bool
 
     def score(self, candidates: Candidates, prompts: Sequence[str]) -> Tensor:
         """[K, B] float32 scores of the candidates for their prompts (len(prompts) == B), no gradient."""

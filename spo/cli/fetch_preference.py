@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spo.preference.download import HUB, download, find_published
+from spo.preference.load import OFFICIAL_FILES
+
 
 def add_fetch_preference(command: Callable[[str, Callable[[argparse.Namespace], int], str], Any]) -> None:
     """Add the command to the command line; `command(name, run, text)` makes its parser."""
-    from spo.preference.catalogue import OFFICIAL_FILES
-    from spo.preference.download import HUB
-
     parser = command("fetch-preference", _run, "Fetch the published preference model from Hugging Face.")
     parser.add_argument("architecture", choices=list(OFFICIAL_FILES), help="of the checkpoint to train")
     parser.add_argument("--folder", type=Path, default=Path("."), help="where it goes (default: here)")
@@ -23,8 +23,6 @@ def add_fetch_preference(command: Callable[[str, Callable[[argparse.Namespace], 
 
 def _run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
-
-    from spo.preference.download import download, find_published
 
     remote = find_published(options.architecture, folder=options.folder, hub=options.hub)
     print(remote.text())

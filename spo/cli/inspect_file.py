@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from spo.checkpoint.tensor_file import open_tensor_file
 from spo.errors import SpoError
 from spo.lora.lora_file import describe as describe_lora
 from spo.lora.lora_file import read_lora
-from spo.preference.catalogue import describe_preference
-from spo.preference.load import scores_noisy_latents
+from spo.preference.load import describe_preference
 from spo.preference.taste.head import describe as describe_taste
 from spo.preference.taste.head import read_taste
 
@@ -33,10 +31,13 @@ def _run(options: argparse.Namespace) -> int:
 
 def describe_file(path: Path) -> str:
     """Lines about a LoRA, a checkpoint or a preference model; SpoError says what it is when it is none of these."""
-    if scores_noisy_latents(path):
-        return describe_taste(read_taste(open_tensor_file(path)).facts)
-    with suppress(SpoError):
-        return describe_preference(path).text()
+    try:
+        preference = describe_preference(path)
+    except SpoError:
+        pass  # it may be one of the other two
+    else:
+        is_head = preference.kind == "taste head"
+        return describe_taste(read_taste(open_tensor_file(path), path.stem).facts) if is_head else preference.text()
     if path.is_dir():
         return "\n".join(describe_checkpoint(inspect_checkpoint(path)))
     try:

@@ -8,11 +8,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from spo.checkpoint.single_file import inspect_checkpoint
 from spo.cli.progress_bar import progress_bar
-from spo.cli.train_taste import add_taste_arguments, train_taste
+from spo.cli.train_taste import train_taste
+from spo.config import NATIVE_SIZE_PX, build_config, settings
 from spo.errors import SpoError
+from spo.headless.host import load_host
+from spo.preference.clip.accuracy import accuracy_curves, accuracy_table
+from spo.preference.clip.pair_data import open_pairs
+from spo.preference.load import load
+from spo.preference.taste.fit import FitSettings
+from spo.training.clip import PRESETS, ClipTraining, check_output, starting_model, train_clip
 
-_HELP = {
+_CLIP_SETTINGS = {
     "steps": "optimizer updates (default: 8000 for SD1.5, 7000 for SDXL)",
     "pairs_per_call": "pairs in one pass",
     "accumulation": "passes for one update",
@@ -20,7 +28,6 @@ _HELP = {
     "warmup_steps": "updates over which the learning rate rises",
     "weight_decay": "AdamW",
     "clip_norm": "clip the gradient's norm; 0: never",
-    "seed": "everything random follows from it",
     "held_out_one_in": "keep one in so many prompts to measure with; 0: none",
     "measured_pairs": "how many of their pairs to measure",
     "measure_every": "updates between measurements; 0: only before and at the end",
@@ -40,29 +47,43 @@ def add_train_preference(command: Callable[[str, Callable[[argparse.Namespace], 
         default="taste",
         help="taste (the default): a small head on noisy latents, from votes; clip: the step-aware CLIP of the paper",
     )
-    parser.add_argument("--data", help="clip: a folder of pairs, or Pick-a-Pic's parquet files")
-    parser.add_argument("--start", help="clip: PickScore to start from, or a step-aware CLIP to go on with")
-    parser.add_argument("--labels-from", default="", metavar="FILE", help="take labels from this model, e.g. PickScore")
-    parser.add_argument("--output", required=True, help="the .safetensors file to write")
-    parser.add_argument("--resume", action="store_true", help="go on with the run of --output")
+    parser.add_argument("--output", required=True, type=Path, help="the .safetensors file to write")
     parser.add_argument("--replace", action="store_true", help="replace an existing file and its run")
-    parser.add_argument("--frozen-text", action="store_true", help="do not train the text tower")
-    parser.add_argument("--width", type=int, help="of the pictures in pixels (default: 512 for SD1.5, 1024 for SDXL)")
-    parser.add_argument("--height", type=int, help="likewise")
-    from spo.config import settings
-    from spo.training.clip import ClipTraining
+    parser.add_argument(
+        "--seed", type=int, default=argparse.SUPPRESS, help="everything random follows from it (default: 0)"
+    )
 
-    add_taste_arguments(parser)
-    host = parser.add_argument_group("diffusion model")
+    taste = _Flags(parser, "taste", "only with --kind taste")
+    taste.add("votes", type=Path, metavar="FOLDER", help="the folder of votes")
+    taste.add("against", action="append", metavar="FILE", help="another preference model to show beside it")
+    taste.add("updates", type=int, help=f"optimizer updates of each member (default: {FitSettings.updates})")
+
+    clip = _Flags(parser, "clip", "only with --kind clip")
+    clip.add("data", help="a folder of pairs, or Pick-a-Pic's parquet files")
+    clip.add("start", type=Path, help="PickScore to start from, or a step-aware CLIP to go on with")
+    clip.add("labels_from", metavar="FILE", help="take labels from this model, e.g. PickScore")
+    clip.add("resume", action="store_true", help="go on with the run of --output")
+    clip.add("frozen_text", action="store_true", help="do not train the text tower")
+    clip.add("width", type=int, help="of the pictures in pixels (default: 512 for SD1.5, 1024 for SDXL)")
+    clip.add("height", type=int, help="likewise")
     for name in _HOST:
-        setting = settings()[name]
-        host.add_argument(_flag(name), dest=name, default=argparse.SUPPRESS, type=setting.kind, help=setting.help)
-    training = parser.add_argument_group("training")
+        clip.add(name, type=settings()[name].kind, help=settings()[name].help)
     defaults = {item.name: item.default for item in fields(ClipTraining)}
-    for name, text in _HELP.items():
-        shown = "" if "default:" in text else f" (default: {defaults[name]})"
-        training.add_argument(_flag(name), dest=name, default=argparse.SUPPRESS, type=type(defaults[name]),
-                              help=text + shown)  # fmt: skip
+    for name, text in _CLIP_SETTINGS.items():
+        default = "" if "default:" in text else f" (default: {defaults[name]})"
+        clip.add(name, type=type(defaults[name]), help=text + default)
+    parser.set_defaults(flags_of_kind={"taste": taste.names, "clip": clip.names})
+
+
+class _Flags:
+    """The flags of one kind, which are attributes of the options only where they were given."""
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str, text: str) -> None:
+        self.group, self.names = parser.add_argument_group(title, text), []  # type: ignore[var-annotated]
+
+    def add(self, name: str, **how: Any) -> None:
+        self.group.add_argument(_flag(name), dest=name, default=argparse.SUPPRESS, **how)
+        self.names.append(name)
 
 
 def _flag(name: str) -> str:
@@ -70,49 +91,43 @@ def _flag(name: str) -> str:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.kind == "taste":
-        options.output = Path(options.output)
-        options.seed = getattr(options, "seed", 0)
-        return train_taste(options)
-    for name in ("data", "start"):
-        if not getattr(options, name):
-            raise SpoError(f"--{name} is missing; a step-aware CLIP needs it.")
-    return _train_clip(options)
+    for kind, names in options.flags_of_kind.items():
+        foreign = [_flag(name) for name in names if name in options]
+        if kind != options.kind and foreign:
+            raise SpoError(
+                f"{foreign[0]} belongs to --kind {kind}, and --kind is {options.kind}; leave it out or change --kind."
+            )
+    return train_taste(options) if options.kind == "taste" else _train_clip(options)
 
 
 def _train_clip(options: argparse.Namespace) -> int:
-    from spo.checkpoint.single_file import inspect_checkpoint
-    from spo.config import NATIVE_SIZE_PX, build_config
-    from spo.headless.host import load_host
-    from spo.preference.clip.accuracy import accuracy_curves, accuracy_table
-    from spo.preference.clip.pair_data import open_pairs
-    from spo.preference.load import load
-    from spo.training.clip import PRESETS, ClipTraining, check_output, starting_model, train_clip
-
     given = vars(options)
+    for name in ("data", "start"):
+        if name not in given:
+            raise SpoError(f"--{name} is missing; a step-aware CLIP needs it.")
     if not given.get("checkpoint"):
         raise SpoError("--checkpoint is missing: the diffusion model whose predictions shall be judged.")
     architecture = inspect_checkpoint(Path(given["checkpoint"])).architecture
-    size = NATIVE_SIZE_PX[architecture]
-    values = {name: given[name] for name in _HELP if name in given}
-    settings = ClipTraining(
-        output=Path(options.output),
-        width=options.width or size,
-        height=options.height or size,
-        train_text=not options.frozen_text,
+    size_px = NATIVE_SIZE_PX[architecture]
+    sizes = {"width": given.get("width", size_px), "height": given.get("height", size_px)}
+    training = ClipTraining(
+        output=options.output,
+        train_text=not given.get("frozen_text", False),
         replace=options.replace,
-        **{**PRESETS[architecture], **values},
+        **sizes,
+        **{**PRESETS[architecture], **{name: given[name] for name in (*_CLIP_SETTINGS, "seed") if name in given}},
     )
-    if not options.resume:
-        check_output(settings)
-    sizes = {"width": settings.width, "height": settings.height}
+    resume = given.get("resume", False)
+    if not resume:
+        check_output(training)
     config = build_config({**{name: given[name] for name in _HOST if name in given}, **sizes}, architecture)
-    source = open_pairs(options.data)
-    model = starting_model(Path(options.start).expanduser(), settings.seed)
+    source = open_pairs(given["data"])
+    model = starting_model(given["start"].expanduser(), training.seed)
     host = load_host(config)
-    labeller = load(options.labels_from, device=host.device, architecture=architecture) if options.labels_from else None
+    labels_from = given.get("labels_from")
+    labeller = load(labels_from, device=host.device, architecture=architecture) if labels_from else None
     with progress_bar() as watcher:
-        report = train_clip(model, host, source, settings, watcher, labeller=labeller, resume=options.resume)
+        report = train_clip(model, host, source, training, watcher, labeller=labeller, resume=resume)
     if report.accuracy:
         measured, curves = report.run_folder / "accuracy.csv", report.run_folder / "accuracy.png"
         accuracy_curves(measured, curves)

@@ -12,9 +12,10 @@ import torch
 from spo.algorithm.diffusion import scaled_linear_alphas_cumprod
 from spo.algorithm.rollout import pool_starts
 from spo.config import Config
+from spo.errors import SpoError
 from spo.headless.host import choose_device, choose_dtype
 from spo.lora.adapter import modules_of_kinds
-from spo.preference.load import scores_noisy_latents
+from spo.preference.load import describe_preference
 from spo.training.loop import batches_per_epoch, ladder_of, rollout_settings
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def make_plan(config: Config, checkpoint: CheckpointInfo, prompts: Sequence[str]
     sigmas = ladder_of(config, scaled_linear_alphas_cumprod())
     windows = pool_starts(sigmas, scaled_linear_alphas_cumprod(), rollout_settings(config))
     steps = len(sigmas) - 1
-    noisy = scores_noisy_latents(config.preference.preference)
+    noisy = _sees(config.preference.preference) == "noisy latents"
     waits = 0 if noisy else 1  # for a verdict on noisy latents no candidate of the window's last step is evaluated
     in_pools = sum(min(end + waits, steps - 1) - start for start, end in windows)  # calls that see a whole pool
     guidance = 2 if settings.guidance_scale != 1 else 1
@@ -122,6 +123,14 @@ def make_plan(config: Config, checkpoint: CheckpointInfo, prompts: Sequence[str]
         activation_bytes=latents * saved_activation_bytes(unet, config, dtype),
         output=config.run.output,
     )
+
+
+def _sees(preference: str) -> str:
+    """What a preference model looks at (see `Kind`); "" for a model that `load` will refuse, later and with reason."""
+    try:
+        return describe_preference(preference).sees
+    except SpoError:
+        return ""
 
 
 def saved_activation_bytes(unet: Any, config: Config, dtype: torch.dtype) -> int:

@@ -21,8 +21,8 @@ from typing import Any
 
 from spo import __version__
 from spo.errors import SpoError
-from spo.files import exists_already
-from spo.preference.catalogue import OFFICIAL_FILES, OFFICIAL_REPOSITORY, size_text
+from spo.files import exists_already, size_text
+from spo.preference.load import OFFICIAL_FILES, OFFICIAL_REPOSITORY
 
 HUB = "https://huggingface.co"
 _BLOCK_BYTES = 1 << 20

@@ -1,33 +1,39 @@
-"""The demo's preference model: a small step-aware network on the predicted clean latent. No decoder, no text.
+"""The latent CNN: a small step-aware network on the predicted clean latent. No decoder, no text.
 
-It was fitted (spo/demo/make_preference.py) by the paper's recipe to pairs that a rule labelled: the rule of taste
-in spo/demo/rule.py, which itself is never shown to training and stays the judge.
+The demo's preference model is one. It was fitted (recipes/demo_checkpoint/make_preference.py) by the paper's recipe to
+pairs that a rule labelled: the rule in spo/demo/rule.py, which itself is never shown to training and stays the judge.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from spo.algorithm.preference import Candidates
+from spo.checkpoint.tensor_file import TensorFile, read_tensors
 from spo.errors import SpoError
+from spo.files import write_whole
 
-KIND = "latent_cnn"
+KIND = "latent_cnn"  # in the metadata of its files
 
 
 class LatentCNN(nn.Module):
-    """[N, 4, h, w] clean-latent predictions and [N] timesteps -> [N] scores.
+    """A `PreferenceModel`: [N, 4, h, w] clean-latent predictions and [N] timesteps -> [N] scores. The prompts do not
+    matter.
 
     Means and deviations of two layers of features, the first of them linear, and the timestep go into a small head.
     """
 
-    def __init__(self, width: int = 32) -> None:
+    needs_pixels = False
+    needs_denoised = True
+
+    def __init__(self, width: int = 32, name: str = "latent CNN") -> None:
         super().__init__()
-        self.width = width
+        self.width, self.name = width, name
         self.enter = nn.Conv2d(4, width, 3, padding=1)
         self.inner = nn.Conv2d(width, width, 3, padding=1)
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU())
@@ -40,43 +46,41 @@ class LatentCNN(nn.Module):
         first = self.enter(latents)
         second = self.inner(nn.functional.silu(first))
         pooled = [value for x in (first, second) for value in (x.mean((2, 3)), x.flatten(2).std(2))]
-        told = self.time(torch.cat([angles.cos(), angles.sin()], 1))
-        return self.head(torch.cat([*pooled, told], 1))[:, 0]
-
-
-class DemoTaste:
-    """A `PreferenceModel` over a `LatentCNN`."""
-
-    needs_pixels = False
-
-    def __init__(self, network: LatentCNN, name: str = "demo") -> None:
-        self.network, self.name = network.eval().requires_grad_(False), name
+        time = self.time(torch.cat([angles.cos(), angles.sin()], 1))
+        return self.head(torch.cat([*pooled, time], 1))[:, 0]
 
     @torch.no_grad()
     def score(self, candidates: Candidates, prompts: Sequence[str]) -> Tensor:
-        """[K, B] float32; see `PreferenceModel`. The prompts do not matter."""
-        flat = candidates.denoised.flatten(0, 1).float()
+        """[K, B] float32; see `PreferenceModel`."""
+        denoised = candidates.denoised
+        assert denoised is not None
+        flat = denoised.flatten(0, 1).float()
         timesteps = torch.full((len(flat),), candidates.timestep, device=flat.device)
-        return self.network(flat, timesteps).unflatten(0, candidates.denoised.shape[:2])
+        return self(flat, timesteps).unflatten(0, denoised.shape[:2])
 
 
-def save_demo_taste(network: LatentCNN, path: Path, facts: dict[str, str]) -> None:
-    """Write the network (float16) with `facts` as metadata."""
+def is_latent_cnn(file: TensorFile) -> bool:
+    """Whether `save_latent_cnn` wrote the file."""
+    return file.metadata.get("spo_preference") == KIND
+
+
+def save_latent_cnn(network: LatentCNN, path: Path, facts: Mapping[str, str]) -> None:
+    """Write the network (float16) with `facts` as metadata, whole or not at all."""
     from safetensors.torch import save_file
 
     tensors = {name: value.half().contiguous() for name, value in network.state_dict().items()}
-    save_file(tensors, path, {"spo_preference": KIND, "width": str(network.width), **facts})
+    metadata = {"spo_preference": KIND, "width": str(network.width), **facts}
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def load_demo_taste(path: Path, device: torch.device | str = "cpu") -> DemoTaste:
-    """Read what `save_demo_taste` wrote, in float32. Raises SpoError for another kind of file."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        facts = file.metadata() or {}
-        if facts.get("spo_preference") != KIND:
-            raise SpoError(f'"{path}" is not a preference model of the demo\'s kind.')
-        tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a dict
-    network = LatentCNN(int(facts["width"]))
-    network.load_state_dict(tensors)
-    return DemoTaste(network.to(device))
+def read_latent_cnn(
+    file: TensorFile, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LatentCNN:
+    """The frozen network in a file that `save_latent_cnn` wrote, in float32 whatever `dtype`. SpoError: damaged."""
+    try:
+        network = LatentCNN(int(file.metadata["width"]), name)
+        network.load_state_dict({key: value.float() for key, value in read_tensors(file, file.tensors).items()})
+    except (KeyError, ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise SpoError(f'"{file.path.name}" is a damaged latent CNN ({first}); fetch or fit it again.') from error
+    return network.to(device).eval().requires_grad_(False)

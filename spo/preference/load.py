@@ -1,19 +1,98 @@
-"""Which preference model a name or a file means."""
+"""Preference models: one table of the kinds there are, and which model a name, a file or a folder means.
+
+Another kind is a module with a class and a reader, and one row in `KINDS`: lists, plans, errors and `load` follow.
+"""
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from spo.algorithm.preference import PreferenceModel
-from spo.checkpoint.tensor_file import open_tensor_file
+from spo.checkpoint.tensor_file import TensorFile, open_tensor_file
 from spo.errors import SpoError
-from spo.preference.catalogue import FILE_SUFFIXES, describe_opened, where_official
-from spo.preference.mix import MixedScore, is_mix, mix_name, read_mix
+from spo.files import size_text
+from spo.preference import latent_cnn
+from spo.preference.clip import scores
+from spo.preference.clip.step_aware import StepAwareCLIP, is_step_aware_clip, read_step_aware_clip
+from spo.preference.mix import SUFFIXES, MixedScore, is_mix, mix_name, read_mix
+from spo.preference.taste import head
 
-DEMO_FILE = Path(__file__).parents[1] / "demo" / "preference.safetensors"
+# ---------------------------------------------------------------------------------------------- the table
+
+
+class Recognises(Protocol):
+    """Whether a file, of which only names, shapes and metadata were read, holds a model of some kind."""
+
+    def __call__(self, file: TensorFile, /) -> bool: ...
+
+
+class Reads(Protocol):
+    """The frozen model in a file of its kind, called `name`, on `device`. Raises SpoError for a damaged file.
+
+    dtype  that CLIP networks compute in; small models always compute in float32
+    """
+
+    def __call__(
+        self, file: TensorFile, name: str, /, *, device: torch.device | str, dtype: torch.dtype
+    ) -> PreferenceModel: ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of preference model: all that is known about it before its weights are read.
+
+    name            what lists and errors call it
+    recognises, reads  see there
+    model           its class, whose `needs_pixels` and `needs_denoised` say what it looks at
+    knows_timestep  whether it was trained on predictions at noise levels, and so on those of one architecture
+    """
+
+    name: str
+    recognises: Recognises
+    reads: Reads
+    model: type[PreferenceModel]
+    knows_timestep: bool
+
+    @property
+    def sees(self) -> str:
+        """ "pixels" (a rollout needs the VAE), "denoised latents", or "noisy latents" (nothing is evaluated for it)."""
+        return _sees(self.model)
+
+
+KINDS = (  # the first that recognises a file is its kind
+    Kind("latent CNN", latent_cnn.is_latent_cnn, latent_cnn.read_latent_cnn, latent_cnn.LatentCNN, True),
+    Kind("taste head", head.is_taste, head.read_taste, head.TasteHead, True),
+    Kind("step-aware CLIP", is_step_aware_clip, read_step_aware_clip, StepAwareCLIP, True),
+    Kind("CLIP score", scores.is_plain_clip, scores.read_clip_score, scores.ClipScore, False),
+    Kind("aesthetic score", scores.is_aesthetic_head, scores.read_aesthetic_score, scores.AestheticScore, False),
+)  # fmt: skip
+MIX = "mix"  # of some of these; its file holds no tensors
+
+FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+BUNDLED = "demo"  # the name that stands for the file below
+BUNDLED_FILE = Path(__file__).parents[1] / "demo" / "preference.safetensors"
+
+OFFICIAL_REPOSITORY = "SPO-Diffusion-Models/Step-Aware_Preference_Models"
+OFFICIAL_FILES = {  # by architecture
+    "sd15": "sd-v1-5_step-aware_preference_model.bin",
+    "sdxl": "sdxl_step-aware_preference_model.bin",
+}
+_SPELLINGS = {"sdxl": re.compile(r"sd[-_ ]?xl", re.I), "sd15": re.compile(r"sd[-_ ]?v?1[-_. ]?[45](?!\d)", re.I)}
+
+NO_TIME = (
+    "This model does not know the timestep and scores the predicted picture: in the paper plain PickScore used so "
+    "ended below the untrained checkpoint (PickScore 20.28 against 20.53; step-aware 21.43)."
+)
+
+
+# ---------------------------------------------------------------------------------------------- loading
 
 
 def load(
@@ -25,10 +104,9 @@ def load(
 ) -> PreferenceModel:
     """The preference model of that name or in that file, frozen, on `device`.
 
-    name_or_path  "demo"; a file or folder of a step-aware CLIP, of PickScore, of HPS, of an aesthetic head (its CLIP
-                  beside it), of a taste head, or of a small latent model as the demo has it; a mix of these, as text
-                  or file (see `mix`)
-    dtype         of CLIP networks; the small latent model and the aesthetic head are always float32
+    name_or_path  "demo"; a file of one of `KINDS`, or a folder as transformers saves it; a mix of these, as text or
+                  file (see `mix`)
+    dtype         see `Reads`
     architecture  "sd15" or "sdxl", whose pictures it shall judge; a model made for the other one gets a warning, and
                   so does one that does not know the timestep
 
@@ -38,50 +116,200 @@ def load(
         parts = read_mix(str(name_or_path))
         models = [load(part.file, device=device, dtype=dtype, architecture=architecture) for part in parts]
         return MixedScore(parts, models, mix_name(parts))
-    path = DEMO_FILE if str(name_or_path) == "demo" else Path(name_or_path).expanduser()
+    path = _path_of(name_or_path)
     if path.suffix.lower() not in FILE_SUFFIXES and not path.is_dir():
         raise SpoError(
-            f'preference model "{name_or_path}" is not known; accepted are "demo" and the file of a preference model '
-            f"({where_official(architecture)})."
+            f'preference model "{name_or_path}" is not known; accepted are "{BUNDLED}" and the file of a preference '
+            f"model ({where_official(architecture)})."
         )
     if not path.exists():
         raise SpoError(_missing(path, architecture))
-    from spo.preference.clip import scores as clip_scores
-
-    file = open_tensor_file(clip_scores.weights_in(path))
-    info = describe_opened(path, file)
-    if advice := info.advice(architecture):
+    file = open_tensor_file(scores.weights_in(path))
+    kind = kind_of(file)
+    if advice := _describe_file(path, file, kind).advice(architecture):
         warnings.warn(advice, stacklevel=2)
-    if info.kind == "latent CNN":
-        from spo.preference.latent_cnn import load_demo_taste
-
-        return load_demo_taste(path, device)
-    if info.kind == "taste head":
-        from spo.preference.taste.head import read_taste
-
-        return read_taste(file, device)
-    if info.kind == "step-aware CLIP":
-        from spo.preference.clip.step_aware import read_step_aware_clip
-
-        return read_step_aware_clip(file, device=device, dtype=dtype)
-    if info.kind == "CLIP score":
-        return clip_scores.read_clip_score(path, device=device, dtype=dtype)
-    return clip_scores.read_aesthetic_score(path, device=device, dtype=dtype)
+    return kind.reads(file, BUNDLED if path == BUNDLED_FILE else _name(path), device=device, dtype=dtype)
 
 
-def scores_noisy_latents(name_or_path: str | Path) -> bool:
-    """Whether this names a taste head, so that a rollout decodes nothing and evaluates only who goes on. For plans:
-    False for all that `load` would refuse."""
-    path = Path(name_or_path).expanduser()
-    if path.suffix.lower() != ".safetensors":
-        return False
-    try:
-        return open_tensor_file(path).metadata.get("spo_preference") == "taste"
-    except SpoError:
-        return False
+def kind_of(file: TensorFile) -> Kind:
+    """Which of `KINDS` a file holds. Raises SpoError saying what it is instead."""
+    for kind in KINDS:
+        if kind.recognises(file):
+            return kind
+    raise SpoError(f'"{file.path.name}" {_what_it_is(file.tensors)}; a preference model is needed.')
+
+
+def _path_of(name_or_path: str | Path) -> Path:
+    return BUNDLED_FILE if str(name_or_path) == BUNDLED else Path(name_or_path).expanduser()
+
+
+def _name(path: Path) -> str:
+    return path.name if path.is_dir() else path.stem
 
 
 def _missing(path: Path, architecture: str) -> str:
-    if path == DEMO_FILE:
+    if path == BUNDLED_FILE:
         return f'the demo\'s preference model is missing: "{path}" belongs to this project, fetch it again.'
     return f'there is no preference model at "{path.absolute()}": put the file there ({where_official(architecture)}).'
+
+
+# ---------------------------------------------------------------------------------------------- describing
+
+
+@dataclass(frozen=True)
+class PreferenceInfo:
+    """One preference model as a list shows it.
+
+    path            the file or folder; for a mix its description
+    kind            the name of one of `KINDS`, or `MIX`
+    size_bytes      of the weights; of a mix, of its models together
+    sees            see `Kind`
+    knows_timestep  whether it was trained on predictions at noise levels; of a mix, all of its models
+    architecture    "sd15", "sdxl" or "any": whose predictions it was trained on
+    """
+
+    path: Path
+    name: str
+    kind: str
+    size_bytes: int
+    sees: str
+    knows_timestep: bool
+    architecture: str
+
+    def text(self) -> str:
+        """One line: name, size, what it sees, timestep, architecture."""
+        time = "knows the timestep" if self.knows_timestep else "without timestep"
+        made_for = "any checkpoint" if self.architecture == "any" else f"for {self.architecture}"
+        return f"{self.name} ({self.kind}, {size_text(self.size_bytes)}, sees {self.sees}, {time}, {made_for})"
+
+    def advice(self, architecture: str) -> str:
+        """Warnings for use on a checkpoint of that architecture, in whole sentences; empty when all is well."""
+        sentences = [] if self.knows_timestep else [f'"{self.name}": {NO_TIME}']
+        if self.architecture not in ("any", architecture):
+            sentences.append(
+                f'preference model "{self.name}" was made for {self.architecture}, the checkpoint is {architecture}: '
+                f"it judges predictions that it was not trained on; {where_official(architecture)}."
+            )
+        return " ".join(sentences)
+
+
+@dataclass(frozen=True)
+class PreferenceList:
+    """models: the preference models of a folder, by name; refused: one sentence for each other file."""
+
+    models: tuple[PreferenceInfo, ...]
+    refused: tuple[str, ...]
+
+
+def list_preference_models(place: Path) -> PreferenceList:
+    """The preference models in a folder (not below it), or the one in a file or in a folder of one model.
+
+    Only headers of .safetensors files are read; of a pickle its tensor index. Raises SpoError for a missing place and
+    for a single file that is no preference model, saying what it is.
+    """
+    place = place.expanduser()
+    if not place.exists():
+        raise SpoError(f'there is no file or folder "{place.absolute()}" with preference models.')
+    if place.is_file() or _is_model_folder(place):
+        return PreferenceList((describe_preference(place),), ())
+    models, refused = [], []
+    for path in sorted(place.iterdir(), key=lambda path: path.name.lower()):
+        suffix = path.suffix.lower()
+        if not (suffix in (*FILE_SUFFIXES, *SUFFIXES) or (path.is_dir() and _is_model_folder(path))):
+            continue
+        if suffix in SUFFIXES and not _looks_like_mix(path):
+            continue
+        try:
+            models.append(describe_preference(path))
+        except SpoError as error:
+            refused.append(str(error))
+    return PreferenceList(tuple(models), tuple(refused))
+
+
+def describe_preference(name_or_path: str | Path) -> PreferenceInfo:
+    """What the model is that `load` would read; no weights are read. SpoError for anything else."""
+    if is_mix(str(name_or_path)):
+        return _describe_mix(str(name_or_path))
+    path = _path_of(name_or_path)
+    file = open_tensor_file(scores.weights_in(path))
+    return _describe_file(path, file, kind_of(file))
+
+
+def _describe_file(path: Path, file: TensorFile, kind: Kind) -> PreferenceInfo:
+    architecture = "any"
+    if kind.knows_timestep:
+        stated = file.metadata.get("architecture", "")
+        architecture = stated if stated in OFFICIAL_FILES else named_after(path.name) or "any"
+    return PreferenceInfo(
+        path, _name(path), kind.name, file.size_bytes, kind.sees, kind.knows_timestep, architecture
+    )  # fmt: skip
+
+
+def _describe_mix(text: str) -> PreferenceInfo:
+    parts = read_mix(text)
+    models = [describe_preference(part.file) for part in parts]
+    architectures = {model.architecture for model in models} - {"any"}
+    path = Path(text)
+    is_file = path.suffix.lower() in SUFFIXES
+    return PreferenceInfo(
+        path,
+        f"{path.stem}: {mix_name(parts)}" if is_file else mix_name(parts),
+        MIX,
+        sum(model.size_bytes for model in models),
+        next(sees for sees in ("pixels", "denoised latents", "noisy latents") if sees in {m.sees for m in models}),
+        all(model.knows_timestep for model in models),
+        architectures.pop() if len(architectures) == 1 else "any",
+    )
+
+
+def _sees(model: PreferenceModel | type[PreferenceModel]) -> str:
+    return "pixels" if model.needs_pixels else "denoised latents" if model.needs_denoised else "noisy latents"
+
+
+def named_after(name: str) -> str | None:
+    """The architecture that a file's name mentions, if it mentions one alone."""
+    named = [architecture for architecture, spelling in _SPELLINGS.items() if spelling.search(name)]
+    return named[0] if len(named) == 1 else None
+
+
+def where_official(architecture: str) -> str:
+    """Where the published step-aware model for an architecture is found."""
+    name = OFFICIAL_FILES.get(architecture, " or ".join(OFFICIAL_FILES.values()))
+    return f"the official one is {name} of huggingface.co/{OFFICIAL_REPOSITORY}"
+
+
+def _is_model_folder(path: Path) -> bool:
+    return path.is_dir() and any((path / name).is_file() for name in scores.WEIGHT_NAMES)
+
+
+def _looks_like_mix(path: Path) -> bool:
+    try:
+        return path.stat().st_size < 100_000 and "models" in path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _what_it_is(names: Iterable[str]) -> str:
+    """What a file that is no preference model is, judged by its tensors' names."""
+    names = list(names)
+
+    def has(*parts: str) -> bool:
+        return any(part in name for name in names for part in parts)
+
+    if has("lora_unet_", "lora_te", ".lora_", "lycoris_", ".hada_w", ".lokr_w"):
+        return "is a LoRA"
+    if has("model.diffusion_model."):
+        return "is a Stable Diffusion checkpoint"
+    if has("blip."):
+        return "is ImageReward, which is not supported"
+    if has("vision_model.", "visual.transformer.", "visual.conv1."):
+        return "is a CLIP that lacks its text tower, a projection or its logit scale"
+    if has("text_model.", "token_embedding"):
+        return "is a text encoder"
+    if has("decoder.conv_in.", "first_stage_model."):
+        return "is a VAE"
+    if has("input_blocks.", "down_blocks."):
+        return "is a diffusion network"
+    if "emb_params" in names or set(names) == {"clip_l", "clip_g"}:
+        return "is a textual inversion embedding"
+    return f"holds something else (its first tensors: {', '.join(names[:3])})"

@@ -59,6 +59,7 @@ class MixedScore:
     def __init__(self, parts: Sequence[MixPart], models: Sequence[PreferenceModel], name: str) -> None:
         self.parts, self.models, self.name = tuple(parts), tuple(models), name
         self.needs_pixels = any(model.needs_pixels for model in models)
+        self.needs_denoised = any(model.needs_denoised for model in models)
 
     def score(self, candidates: Candidates, prompts: Sequence[str]) -> Tensor:
         """[K, B] float32; see `PreferenceModel`. The pictures are decoded once for all models."""

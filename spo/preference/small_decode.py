@@ -26,6 +26,7 @@ class SmallDecode:
     """
 
     needs_pixels = True
+    needs_denoised = True
 
     def __init__(self, model: PreferenceModel, say: Callable[[str], None], image_px: int = SCORER_PX) -> None:
         self.model, self.say, self.image_px = model, say, image_px

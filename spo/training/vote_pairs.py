@@ -46,7 +46,7 @@ class PairHost(Protocol):
 class _NoPreference:
     """All candidates are worth the same: a pool that is only drawn, not judged."""
 
-    name, needs_pixels = "none", False
+    name, needs_pixels, needs_denoised = "none", False, True
 
     def score(self, candidates: Candidates, prompts: Sequence[str]) -> Tensor:
         return torch.zeros(candidates.x.shape[:2], device=candidates.x.device)

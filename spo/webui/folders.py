@@ -96,7 +96,7 @@ def lora_names() -> list[str]:
 
 def preference_choices() -> list[str]:
     """Names of preference models: "demo", then what models/SPO holds."""
-    from spo.preference.catalogue import list_preference_models
+    from spo.preference.load import list_preference_models
 
     folder = preference_folder()
     found = list_preference_models(folder).models if folder.exists() else ()
@@ -105,16 +105,15 @@ def preference_choices() -> list[str]:
 
 def preference_text(name: str, architecture: str) -> str:
     """What the page says of a preference model of that name, with warnings for the loaded checkpoint."""
-    from spo.preference.catalogue import describe_preference
-    from spo.preference.load import DEMO_FILE
+    from spo.preference.load import BUNDLED, describe_preference
 
     if not name:
         return ""
     try:
-        info = describe_preference(DEMO_FILE if name == "demo" else Path(preference_path(name)))
+        info = describe_preference(preference_path(name))
     except SpoError as error:
         return str(error)
-    only_demo = "For the demo checkpoint only. " if name == "demo" else ""
+    only_demo = "For the demo checkpoint only. " if name == BUNDLED else ""
     return f"{info.text()}. {only_demo}{info.advice(architecture)}".strip()
 
 

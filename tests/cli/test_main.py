@@ -17,7 +17,7 @@ from PIL import Image
 from spo.cli.main import main, parser
 from spo.cli.settings_flags import given_values
 from spo.lora.lora_file import read_lora
-from spo.preference.latent_cnn import LatentCNN, save_demo_taste
+from spo.preference.latent_cnn import LatentCNN, save_latent_cnn
 from tests.tiny_checkpoints import write_tiny_sd15, write_tiny_sdxl
 from tests.tiny_host import same_weights
 
@@ -32,7 +32,7 @@ def files(tmp_path_factory):
     write_tiny_sdxl(folder / "tiny-xl.safetensors", res_blocks=2)
     (folder / "prompts.txt").write_text("a fox\na boat\na pear\n")
     torch.manual_seed(0)
-    save_demo_taste(LatentCNN(16), folder / "taste.safetensors", {})
+    save_latent_cnn(LatentCNN(16), folder / "taste.safetensors", {})
     return folder
 
 

@@ -20,6 +20,7 @@ class Fixed:
 
     def __init__(self, scores, needs_pixels=False):
         self.scores, self.needs_pixels, self.name = torch.tensor(scores), needs_pixels, "fixed"
+        self.needs_denoised = True
 
     def score(self, candidates, prompts):
         return self.scores

@@ -19,7 +19,7 @@ def test_sizes(size, expected):
 class Brightness:
     """The mean of the first channel, or, with `fine`, how much neighbouring pixels differ: lost by shrinking."""
 
-    name, needs_pixels = "brightness", True
+    name, needs_pixels, needs_denoised = "brightness", True, True
 
     def __init__(self, fine=False):
         self.fine, self.sizes = fine, []

@@ -99,7 +99,7 @@ def test_two_pictures_of_ones_own(models, name, architecture):
 
 
 def test_a_step_aware_clip_is_trained_on_the_loaded_checkpoint(models, tmp_path):
-    from spo.preference.catalogue import describe_preference
+    from spo.preference.load import describe_preference
     from spo.webui.jobs import clip_training, job
 
     host.load("tiny-sd1")

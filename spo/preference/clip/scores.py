@@ -1,12 +1,13 @@
 """Preference models without time: PickScore, HPS v2 and v2.1, LAION's aesthetic scores. All from local files.
 
-They judge finished pictures; as step-wise scorers they see predictions that they were not trained on (`NO_TIME`). All
-stand on CLIP, in plain torch (`clip_towers`), from files in transformers' or OpenCLIP's layout.
+They judge finished pictures; as step-wise scorers they see predictions that they were not trained on (paper, table of
+scorers: below the untrained checkpoint). All stand on CLIP, in plain torch (`towers`), from files in transformers' or
+OpenCLIP's layout.
 
 Deliberate differences from the published scorers:
 - pictures arrive as float tensors, so the resize is torch's antialiased bicubic and nothing is rounded to 8 bits in
   between; against PIL's resize of the 8-bit picture that is less than 0.01 of the 0 ... 1 range a value on smooth
-  pictures and 0.02 on noise (tests/preference/test_clip_scores.py measures it);
+  pictures and 0.02 on noise (tests/preference/clip/test_scores.py measures it);
 - HPS is multiplied by its logit scale (100), which its own code leaves out: so differences are the log-odds that it
   was trained with, as PickScore's are.
 """
@@ -40,10 +41,6 @@ from spo.preference.clip.towers import (
     without_autocast,
 )
 
-NO_TIME = (
-    "This model does not know the timestep and scores the predicted picture: in the paper plain PickScore used so "
-    "ended below the untrained checkpoint (PickScore 20.28 against 20.53; step-aware 21.43)."
-)
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 _OPENAI_NAME = "clip-vit-large-patch14"
 _QUICK_GELU = {"text_config": {"hidden_act": "quick_gelu"}, "vision_config": {"hidden_act": "quick_gelu"}}
@@ -130,6 +127,7 @@ class ClipScore:
     """
 
     needs_pixels = True
+    needs_denoised = True
 
     def __init__(
         self, clip: CLIP, name: str, prepare: Callable[[Tensor, int], Tensor], pictures_per_call: int = 16
@@ -155,6 +153,7 @@ class AestheticScore:
     """
 
     needs_pixels = True
+    needs_denoised = True
 
     def __init__(self, clip: CLIP, head: nn.Sequential, name: str, pictures_per_call: int = 16) -> None:
         self.name, self.clip, self.head, self.pictures_per_call = name, clip, head, pictures_per_call
@@ -186,49 +185,50 @@ def is_aesthetic_head(file: TensorFile) -> bool:
     }
 
 
-def read_clip_score(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> ClipScore:
-    """PickScore (transformers' layout) or HPS (OpenCLIP's) from its file or folder, named after it.
+def read_clip_score(
+    file: TensorFile, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> ClipScore:
+    """PickScore (transformers' layout) or HPS (OpenCLIP's) from its file.
 
     The layout tells how pictures are prepared: `shorter_side` for transformers', `longer_side` for OpenCLIP's.
     Raises SpoError for what is missing, damaged or something else.
     """
-    file = open_tensor_file(weights_in(path))
     prepare = longer_side if _is_open_clip(file) else shorter_side
-    return ClipScore(read_clip(file, device=device, dtype=dtype), path.name if path.is_dir() else path.stem, prepare)
+    return ClipScore(read_clip(file, device=device, dtype=dtype), name, prepare)
 
 
 def read_aesthetic_score(
-    path: Path,
-    clip_path: Path | None = None,
+    file: TensorFile,
+    name: str,
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    clip_path: Path | None = None,
 ) -> AestheticScore:
-    """LAION's linear or MLP head from `path`, over the CLIP ViT-L/14 of OpenAI.
+    """LAION's linear or MLP head, over the CLIP ViT-L/14 of OpenAI. The head computes in float32.
 
     clip_path  file or folder of that CLIP; default: what lies beside the head and is named like openai's repository
                (clip-vit-large-patch14) or ViT-L-14
 
     Raises SpoError for what is missing, damaged, something else, or a CLIP of another width.
     """
-    file = open_tensor_file(path)
     if not is_aesthetic_head(file):
-        raise SpoError(f'"{path.name}" is not an aesthetic head: linear layers down to one number are needed.')
+        raise SpoError(f'"{file.path.name}" is not an aesthetic head: linear layers down to one number are needed.')
     tensors = read_tensors(file, file.tensors)
     layers = [
         nn.utils.skip_init(nn.Linear, *reversed(file.tensors[f"{layer}weight"].shape)) for layer in _head_layers(file)
     ]
     for linear, layer in zip(layers, _head_layers(file), strict=True):
         linear.load_state_dict({part: tensors[f"{layer}{part}"].float() for part in ("weight", "bias")})
-    clip_file = open_tensor_file(weights_in(clip_path or _clip_beside(path)))
+    clip_file = open_tensor_file(weights_in(clip_path or _clip_beside(file.path)))
     clip = read_clip(clip_file, device=device, dtype=dtype, default_config=_QUICK_GELU)
     if layers[0].in_features != clip.shape.projection:
         raise SpoError(
-            f'"{path.name}" reads CLIP features {layers[0].in_features} wide, those of "{clip_file.path}" are '
+            f'"{file.path.name}" reads CLIP features {layers[0].in_features} wide, those of "{clip_file.path}" are '
             f"{clip.shape.projection} wide; OpenAI's ViT-L/14 (openai/{_OPENAI_NAME}) is needed."
         )
     head = nn.Sequential(*layers).to(device).eval().requires_grad_(False)  # dropout between them is for training only
-    return AestheticScore(clip, head, path.stem)
+    return AestheticScore(clip, head, name)
 
 
 def read_clip(

@@ -116,6 +116,7 @@ class StepAwareCLIP(nn.Module):
     """
 
     needs_pixels = True
+    needs_denoised = True
 
     def __init__(self, shape: ClipShape, name: str = "step-aware CLIP", pictures_per_call: int = 16) -> None:
         super().__init__()
@@ -179,13 +180,15 @@ def is_step_aware_clip(file: TensorFile) -> bool:
 
 def read_step_aware_clip(
     file: TensorFile,
+    name: str = "",
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     clip_config: Mapping[str, Any] | None = None,
 ) -> StepAwareCLIP:
-    """The frozen model in a file of the published layout, named after the file; `logit_scale` stays float32.
+    """The frozen model in a file of the published layout; `logit_scale` stays float32.
 
+    name         default: the file's
     clip_config  see `clip_shape`; default: the file's metadata `clip_config` (JSON), if it has that
 
     Raises SpoError for missing, unknown or misshapen tensors, and for a precision that the device cannot compute in.
@@ -194,17 +197,17 @@ def read_step_aware_clip(
     check_precision(torch.device(device), dtype)
     prefix = _PREFIX if f"{_PREFIX}logit_scale" in file.tensors else ""
     names = {  # older versions of transformers stored the positions 0, 1, 2, ... as well
-        name.removeprefix(prefix): name for name in file.tensors if not name.endswith(".position_ids")
+        theirs.removeprefix(prefix): theirs for theirs in file.tensors if not theirs.endswith(".position_ids")
     }
-    shapes = {ours: file.tensors[name].shape for ours, name in names.items()}
+    shapes = {ours: file.tensors[theirs].shape for ours, theirs in names.items()}
     clip_config = clip_config or read_clip_config(file)
     with torch.device("meta"):
-        model = StepAwareCLIP(clip_shape(shapes, clip_config, source), file.path.stem)
+        model = StepAwareCLIP(clip_shape(shapes, clip_config, source), name or file.path.stem)
     check_tensors(model, shapes, source, "step-aware CLIP of the published layout")
     tensors = read_tensors(file, names.values())
     weights = {  # copies: what was read may be the mapped file itself
-        ours: tensors[name].to(device, torch.float32 if ours == "logit_scale" else dtype, copy=True)
-        for ours, name in names.items()
+        ours: tensors[theirs].to(device, torch.float32 if ours == "logit_scale" else dtype, copy=True)
+        for ours, theirs in names.items()
     }
     model.load_state_dict(weights, assign=True)
     return model.eval().requires_grad_(False)

@@ -147,23 +147,29 @@ def save_taste(head: TasteHead, path: Path) -> None:
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def read_taste(file: TensorFile, device: torch.device | str = "cpu") -> TasteHead:
-    """The head in a file that `save_taste` wrote, in float32, named after the file. SpoError when it is damaged."""
+def is_taste(file: TensorFile) -> bool:
+    """Whether `save_taste` wrote the file."""
+    return file.metadata.get("spo_preference") == KIND
+
+
+def read_taste(
+    file: TensorFile, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> TasteHead:
+    """The head in a file that `save_taste` wrote, in float32 whatever `dtype`. SpoError when it is damaged."""
     try:
         count, width = int(file.metadata["members"]), int(file.metadata["width"])
-        told = {field.name: file.metadata[field.name] for field in fields(TasteFacts)}
-        votes, accuracy = int(told.pop("votes")), float(told.pop("held_out_accuracy"))
-        json.loads(told["accuracy_by_timestep"])
+        facts = {field.name: file.metadata[field.name] for field in fields(TasteFacts)}
+        votes, accuracy = int(facts.pop("votes")), float(facts.pop("held_out_accuracy"))
+        json.loads(facts["accuracy_by_timestep"])
         if not 1 <= count <= 64 or not 1 <= width <= 1024:
             raise ValueError(f"{count} members of width {width}")
         members = [TasteNetwork(width) for _ in range(count)]
         tensors = read_tensors(file, file.tensors)
-        nn.ModuleList(members).load_state_dict({name: value.float() for name, value in tensors.items()})
+        nn.ModuleList(members).load_state_dict({key: value.float() for key, value in tensors.items()})
     except (KeyError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise SpoError(f'"{file.path.name}" is a damaged taste head ({first}); fit it again from the votes.') from error
-    facts = TasteFacts(**{**told, "name": file.path.stem}, votes=votes, held_out_accuracy=accuracy)
-    head = TasteHead(members, facts)
+    head = TasteHead(members, TasteFacts(**{**facts, "name": name}, votes=votes, held_out_accuracy=accuracy))
     head.members.to(device)
     return head
 

@@ -27,7 +27,7 @@ from spo.preference.clip.towers import (
     prepare_pictures,
     token_ids,
 )
-from spo.preference.latent_cnn import DemoTaste, LatentCNN, save_demo_taste
+from spo.preference.latent_cnn import LatentCNN, save_latent_cnn
 from spo.preference.load import load
 from tests.conftest import GOLDEN, relative_error
 
@@ -381,9 +381,9 @@ def test_a_missing_file_says_where_to_put_which(tmp_path):
 def test_a_small_latent_model_is_told_by_its_metadata(tmp_path):
     torch.manual_seed(0)
     network = LatentCNN(width=16)
-    save_demo_taste(network, tmp_path / "taste.safetensors", {})
+    save_latent_cnn(network, tmp_path / "taste.safetensors", {})
     model = load(tmp_path / "taste.safetensors")
-    assert isinstance(model, DemoTaste) and not model.needs_pixels
+    assert isinstance(model, LatentCNN) and not model.needs_pixels
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,14 @@ import torch
 
 from spo.algorithm.preference import Candidates
 from spo.algorithm.rollout import RolloutSettings
-from spo.cli.main import main
 from spo.config import build_config
 from spo.errors import SpoError
-from spo.preference.load import load, scores_noisy_latents
+from spo.preference.load import describe_preference, load
 from spo.preference.taste.fit import FitSettings, accuracy_of, davidson_loss, fit_taste, fold_of, read_vote_set
 from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork, choose_pair, save_taste
 from spo.preference.taste.votes import VoteFolder
 from tests.tiny_host import MeanOfChannel, TinyHost
-from tests.vote_worlds import answer, pair, vote_set
+from tests.vote_worlds import pair, vote_set
 
 QUICK = FitSettings(members=2, width=8, updates=60)
 
@@ -116,7 +115,8 @@ def test_folds_are_even():
 def test_a_file_is_read_back(fitted, tmp_path):
     save_taste(fitted.head, tmp_path / "mine.safetensors")
     read = load(tmp_path / "mine.safetensors")
-    assert scores_noisy_latents(tmp_path / "mine.safetensors") and not scores_noisy_latents("demo")
+    assert describe_preference(tmp_path / "mine.safetensors").sees == "noisy latents"
+    assert describe_preference("demo").sees == "denoised latents"
     assert isinstance(read, TasteHead) and read.facts == fitted.head.facts and not read.needs_pixels
     x = torch.randn(2, 3, 4, 8, 8)
     assert torch.equal(read.score(candidates(x), ["a"] * 3), fitted.head.score(candidates(x), ["a"] * 3))
@@ -167,28 +167,6 @@ def test_an_inner_window_is_evaluated_until_its_end(fitted):
     assert host.evaluations == 2 * (14 + 6 * 2)
 
 
-def test_the_command_line(tmp_path, capsys):
-    folder = VoteFolder(tmp_path / "votes")
-    for number in range(60):
-        made = pair(number)
-        folder.add(made, "skip" if number % 10 == 9 else answer(made))
-    flags = ["train-preference", "--kind", "taste", "--updates", "30", "--votes", str(folder.path)]
-    output = tmp_path / "mine.safetensors"
-    assert main([*flags, "--output", str(output), "--against", "demo"]) == 0
-    told = capsys.readouterr().out
-    assert "54 votes prefer a side, 0 are ties." in told and "always the first" in told and "finished picture" in told
-    assert load(output).facts.checkpoint_hash == "0123456789"
-    assert main(["inspect", str(output)]) == 0
-    assert "mine: a taste head for sd15, fitted to 54 votes" in capsys.readouterr().out
-    assert main([*flags, "--output", str(output)]) == 2
-    assert "exists already" in capsys.readouterr().err
-    assert main([*flags, "--output", str(tmp_path / "mine.bin")]) == 2
-    assert main(["train-preference", "--output", str(tmp_path / "x.safetensors")]) == 2
-    assert "--votes is missing" in capsys.readouterr().err
-    assert main([*flags[:-1], str(tmp_path / "none"), "--output", str(tmp_path / "x.safetensors")]) == 2
-    assert "holds no vote" in capsys.readouterr().err
-
-
 def test_votes_of_another_size_are_left_out(tmp_path):
     folder = VoteFolder(tmp_path)
     for number in range(3):
@@ -202,7 +180,7 @@ def test_votes_of_another_size_are_left_out(tmp_path):
 
 def test_another_scorer_sees_the_stored_pictures(tmp_path):
     class Brightness:
-        name, needs_pixels = "bright", True
+        name, needs_pixels, needs_denoised = "bright", True, True
 
         def score(self, candidates, prompts):
             return candidates.pixels().mean((2, 3, 4))
