@@ -13,7 +13,7 @@ from spo.algorithm.preference import Candidates
 from spo.algorithm.rollout import RolloutSettings, sample_spo
 from spo.config import Config
 from spo.headless.host import repeat_conditioning
-from spo.lora.lora_file import LoraLayer
+from spo.lora.layer import LoraLayer
 from spo.rng import SeededDraws, generator
 from spo.training.loop import ladder_of
 from tests.tiny_checkpoints import tiny_sd15

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from spo.errors import SpoError
 
@@ -158,3 +158,14 @@ def _entry(tensor: Tensor) -> TensorEntry:
     name = str(tensor.dtype).removeprefix("torch.")
     short = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "int32": "I32"}
     return TensorEntry(tuple(tensor.shape), short.get(name, name))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; SpoError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SpoError(f'"{path}" is not a readable JSON file') from error
+    if not isinstance(content, dict):
+        raise SpoError(f'"{path}" does not hold a JSON object')
+    return content

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spo.checkpoint.single_file import inspect_checkpoint
+from spo.checkpoint.inspect import inspect_checkpoint
 from spo.cli.settings_flags import add_settings, given_values, require
 from spo.config import build_config
 from spo.headless.compare import compare_loras

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spo.checkpoint.single_file import describe as describe_checkpoint
-from spo.checkpoint.single_file import inspect_checkpoint
+from spo.checkpoint.info import describe as describe_checkpoint
+from spo.checkpoint.inspect import inspect_checkpoint
 from spo.checkpoint.tensor_file import open_tensor_file
 from spo.errors import SpoError
-from spo.lora.lora_file import describe as describe_lora
-from spo.lora.lora_file import read_lora
+from spo.lora.describe import describe as describe_lora
+from spo.lora.read import read_lora
 from spo.preference.load import describe_preference
 from spo.preference.taste.head import describe as describe_taste
 from spo.preference.taste.head import read_taste

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from spo.checkpoint.single_file import inspect_checkpoint
+from spo.checkpoint.inspect import inspect_checkpoint
 from spo.cli.progress_bar import progress_bar
 from spo.cli.train_taste import train_taste
 from spo.config import NATIVE_SIZE_PX, build_config, settings

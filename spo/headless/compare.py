@@ -17,7 +17,7 @@ from spo.errors import SpoError
 from spo.headless.host import HeadlessHost, load_host, load_preference
 from spo.images import to_picture
 from spo.lora.adapter import Adapter
-from spo.lora.lora_file import check_matches, read_lora
+from spo.lora.read import check_matches, read_lora
 from spo.report.grids import grid
 from spo.report.tables import score_table
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from spo.algorithm.denoiser import Conditioning, GuidedDenoiser
 from spo.algorithm.preference import PreferenceModel
 from spo.algorithm.rollout import PoolVerdict, Rollout, RolloutSettings, sample_spo
-from spo.checkpoint.single_file import short_hash
+from spo.checkpoint.hashes import short_hash
 from spo.config import Config
-from spo.errors import SpoError
+from spo.headless.device import choose_device, choose_dtype
 from spo.rng import SeededDraws
 from spo.training.loop import ladder_of
 
@@ -141,7 +141,7 @@ class HeadlessHost:
 
 def load_host(config: Config) -> HeadlessHost:
     """Load the configured checkpoint. Raises SpoError for what `diffusers_host.load_model` refuses."""
-    from spo.headless.model import load_model
+    from spo.headless.load import load_model
 
     device = choose_device(config.model.device)
     model = load_model(
@@ -164,32 +164,3 @@ def load_preference(
     dtype = getattr(torch, config.preference.preference_precision)
     model = load(config.preference.preference, device=host.device, dtype=dtype, architecture=host.architecture)
     return SmallDecode(model, say) if config.preference.small_decode and model.needs_pixels else model
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that a name means; "auto": CUDA, Apple's, or the CPU. SpoError when it is not there."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise SpoError(
-            f'device "{name}" cannot be used here ({reason}); accepted are auto, cpu, cuda, cuda:1, mps.'
-        ) from None
-    return device
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of the frozen network; auto: float16 on a GPU, float32 on a CPU. SpoError when it cannot compute."""
-    if precision == "auto":
-        precision = "float32" if device.type == "cpu" else "float16"
-    dtype = getattr(torch, precision)
-    try:
-        one = torch.ones(1, 1, device=device, dtype=dtype)
-        one @ one
-    except RuntimeError:
-        raise SpoError(f"precision {precision} does not work on {device} with this PyTorch; use float32.") from None
-    return dtype

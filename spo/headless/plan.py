@@ -13,13 +13,13 @@ from spo.algorithm.diffusion import scaled_linear_alphas_cumprod
 from spo.algorithm.rollout import pool_starts
 from spo.config import Config
 from spo.errors import SpoError
-from spo.headless.host import choose_device, choose_dtype
+from spo.headless.device import choose_device, choose_dtype
 from spo.lora.adapter import modules_of_kinds
 from spo.preference.load import describe_preference
 from spo.training.loop import batches_per_epoch, ladder_of, rollout_settings
 
 if TYPE_CHECKING:
-    from spo.checkpoint.single_file import CheckpointInfo
+    from spo.checkpoint.info import CheckpointInfo
 
 GIB = 2**30
 
@@ -73,7 +73,7 @@ class Plan:
 
 def make_plan(config: Config, checkpoint: CheckpointInfo, prompts: Sequence[str]) -> Plan:
     """Count what a run will do. Loads no weights: the network is built without them, to count and to weigh."""
-    from spo.headless.model import empty_unet
+    from spo.headless.load import empty_unet
 
     device = choose_device(config.model.device)
     dtype = choose_dtype(config.model.precision, device)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from spo.errors import SpoError, nearest
-from spo.lora.lora_file import LoraLayer
+from spo.lora.layer import LoraLayer
 from spo.rng import generator
 
 if TYPE_CHECKING:

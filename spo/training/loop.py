@@ -38,8 +38,11 @@ from spo.errors import SpoError
 from spo.files import write_text
 from spo.images import to_picture
 from spo.lora.adapter import Adapter, modules_of_kinds
-from spo.lora.lora_file import LoraFacts, LoraLayer, check_matches, lora_metadata, read_lora, with_one_alpha, write_lora
+from spo.lora.layer import LoraLayer, with_one_alpha
+from spo.lora.metadata import LoraFacts, lora_metadata
 from spo.lora.module_names import file_name
+from spo.lora.read import check_matches, read_lora
+from spo.lora.write import write_lora
 from spo.progress import Progress, StopRequested, Watcher
 from spo.report.grids import grid
 from spo.rng import permutation, stable_seed

@@ -16,7 +16,7 @@ from PIL import Image
 
 from spo.cli.main import main, parser
 from spo.cli.settings_flags import given_values
-from spo.lora.lora_file import read_lora
+from spo.lora.read import read_lora
 from spo.preference.latent_cnn import LatentCNN, save_latent_cnn
 from tests.tiny_checkpoints import write_tiny_sd15, write_tiny_sdxl
 from tests.tiny_host import same_weights

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spo.checkpoint.single_file import inspect_checkpoint
+from spo.checkpoint.inspect import inspect_checkpoint
 from spo.cli.main import main
 from spo.demo import install
 from spo.demo.install import config_text, install_demo, models_folder

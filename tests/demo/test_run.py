@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spo.algorithm.preference import Candidates
-from spo.checkpoint.single_file import inspect_checkpoint
+from spo.checkpoint.inspect import inspect_checkpoint
 from spo.demo.judge import HERE, Judge, held_out, taste_win_rate
 from spo.demo.rule import colourfulness
 from spo.demo.run import CHECKPOINT, demo_config, run_demo

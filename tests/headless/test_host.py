@@ -10,7 +10,7 @@ from spo.config import build_config
 from spo.errors import SpoError
 from spo.headless.compare import adapter_from_file
 from spo.headless.host import HeadlessHost, load_host
-from spo.lora.lora_file import read_lora
+from spo.lora.read import read_lora
 from spo.training.loop import ladder_of, train
 from tests.tiny_checkpoints import write_tiny_sd15, write_tiny_sdxl
 from tests.tiny_host import MeanOfChannel

@@ -9,7 +9,7 @@ import torch
 
 from spo.errors import SpoError
 from spo.lora.adapter import Adapter, modules_of_kinds
-from spo.lora.lora_file import LoraLayer
+from spo.lora.layer import LoraLayer
 from tests.conftest import float16
 from tests.tiny_checkpoints import tiny_sd15, tiny_sdxl
 

@@ -13,7 +13,7 @@ import torch
 from spo.config import build_config
 from spo.errors import SpoError
 from spo.lora.adapter import Adapter, modules_of_kinds
-from spo.lora.lora_file import read_lora
+from spo.lora.read import read_lora
 from spo.progress import Watcher
 from spo.training.loop import batch_of, learning_rate, pair_loss, rollout_settings, run_folder_of, stages, train
 from tests.conftest import float16

@@ -18,7 +18,7 @@ import torch
 
 from spo.config import build_config
 from spo.errors import SpoError
-from spo.lora.lora_file import read_lora
+from spo.lora.read import read_lora
 from spo.training.loop import train
 from tests.tiny_host import MeanOfChannel
 

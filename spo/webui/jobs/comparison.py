@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.errors import SpoError, nearest
-from spo.lora.lora_file import check_matches, read_lora
+from spo.lora.read import check_matches, read_lora
 from spo.report.grids import grid
 from spo.report.tables import score_table
 from spo.webui import cards, folders

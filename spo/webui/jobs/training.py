@@ -112,7 +112,7 @@ def prepare(request: TrainingRequest) -> Prepared:
 
 def plan_text(request: TrainingRequest) -> str:
     """What the run will do, in a few lines. Raises SpoError as `prepare`."""
-    from spo.checkpoint.single_file import inspect_checkpoint
+    from spo.checkpoint.inspect import inspect_checkpoint
     from spo.headless.plan import make_plan
 
     prepared = prepare(request)

@@ -194,7 +194,7 @@ def test_another_scorer_sees_the_stored_pictures(tmp_path):
 
 
 def test_the_plan_counts_what_a_taste_head_saves(fitted, tmp_path):
-    from spo.checkpoint.single_file import inspect_checkpoint
+    from spo.checkpoint.inspect import inspect_checkpoint
     from spo.demo.run import demo_config
     from spo.headless.plan import make_plan
 

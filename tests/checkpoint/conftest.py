@@ -1,0 +1,22 @@
+"""Tiny checkpoints for the tests of this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_checkpoints import (
+    write_tiny_sd15,
+    write_tiny_sdxl,
+)
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_sd15(tmp_path_factory.mktemp("sd15") / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_sdxl(tmp_path_factory.mktemp("sdxl") / "tiny.safetensors")
