@@ -1,32 +1,28 @@
 """Fetch a published preference model from Hugging Face: size first, resumed when broken off, checked by hash.
 
-Standard library only. The hub answers `HEAD .../resolve/main/NAME` with a redirect whose headers X-Linked-Size and
-X-Linked-Etag are the size and the SHA-256 of a large file.
+`huggingface_hub` (0.23.2 to 2.x) asks, follows redirects and mirrors, and streams. By hand is what it does not do: its
+`hf_hub_download` cannot be stopped, reports to a progress bar alone before version 1, does not compare the SHA-256, and
+only warns of a full disk; so the file object that its `http_get` writes to is ours.
 """
 
 from __future__ import annotations
 
-import hashlib
-import http.client
+import io
 import os
 import re
 import shutil
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from spo import __version__
+from spo.checkpoint.hashes import file_sha256
 from spo.errors import SpoError
 from spo.files import exists_already, size_text
 from spo.preference.load import OFFICIAL_FILES, OFFICIAL_REPOSITORY
 
 HUB = "https://huggingface.co"
-_BLOCK_BYTES = 1 << 20
-_TRIES = 5  # in a row without a single new byte
+_TRIES = 3  # in a row without a new byte; within each, the hub's library tries several times itself
 _TIMEOUT_S = 30.0
 
 
@@ -48,11 +44,21 @@ def find_published(architecture: str, *, folder: Path, hub: str = HUB) -> Remote
     """The published step-aware model for "sd15" or "sdxl": asks the hub for size and hash, fetches nothing.
 
     folder  where it shall go, for the sentence that an offline user gets
+    hub     address of the hub or of a mirror
+
+    Raises SpoError as `find_remote`, and when the hub's file is not the one that was published.
     """
     if architecture not in OFFICIAL_FILES:
         known = " and ".join(OFFICIAL_FILES)
         raise SpoError(f'no preference model was published for "{architecture}"; accepted are {known}.')
-    return find_remote(OFFICIAL_REPOSITORY, OFFICIAL_FILES[architecture], folder=folder, hub=hub)
+    official = OFFICIAL_FILES[architecture]
+    remote = find_remote(OFFICIAL_REPOSITORY, official.name, folder=folder, hub=hub)
+    if remote.sha256 != official.sha256:
+        raise SpoError(
+            f"{remote.url} is not the file that was published: its SHA-256 is {remote.sha256}, not {official.sha256}; "
+            "fetch nothing from there."
+        )
+    return remote
 
 
 def find_remote(repository: str, name: str, *, folder: Path, hub: str = HUB) -> RemoteFile:
@@ -60,22 +66,19 @@ def find_remote(repository: str, name: str, *, folder: Path, hub: str = HUB) -> 
 
     Raises SpoError when the hub cannot be reached, has no such file, or tells no hash.
     """
-    url = f"{hub}/{repository}/resolve/main/{urllib.parse.quote(name)}"
-    opener = urllib.request.build_opener(_NoRedirect)
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url(repository, name, endpoint=hub)
     try:
-        with opener.open(_request(url, method="HEAD"), timeout=_TIMEOUT_S) as answer:
-            headers = answer.headers
-    except urllib.error.HTTPError as error:
-        if error.code not in (301, 302, 303, 307, 308):
-            raise _unreachable(error, url, folder / name) from error
-        headers = error.headers
-    except (OSError, http.client.HTTPException) as error:
+        found = get_hf_file_metadata(
+            url, token=False, timeout=_TIMEOUT_S, library_name="sd-webui-spo", library_version=__version__
+        )
+    except _network_errors() as error:
         raise _unreachable(error, url, folder / name) from error
-    sha256 = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").strip('W/"').lower()
-    size = headers.get("X-Linked-Size") or headers.get("Content-Length") or ""
-    if not re.fullmatch("[0-9a-f]{64}", sha256) or not size.isdigit():
+    sha256 = (found.etag or "").lower()
+    if not re.fullmatch("[0-9a-f]{64}", sha256) or not found.size:
         raise SpoError(f'"{url}" tells no size and SHA-256, so what comes could not be checked.')
-    return RemoteFile(Path(name).name, url, int(size), sha256)
+    return RemoteFile(Path(name).name, url, found.size, sha256)
 
 
 def download(
@@ -93,104 +96,98 @@ def download(
     progress     called with bytes done and in all, after each block
     should_stop  asked after each block; True ends with SpoError, to be gone on with later
 
-    Raises SpoError for another file of that name, a full disk, a broken connection (five tries without a new byte), a
-    wrong hash (what came is then deleted).
+    Raises SpoError for another file of that name, a full disk, a broken connection, a wrong hash (what came is then
+    deleted).
     """
     target = folder / remote.name
     if target.exists():
-        if target.stat().st_size == remote.size_bytes and _sha256(target) == remote.sha256:
+        if target.stat().st_size == remote.size_bytes and file_sha256(target) == remote.sha256:
             return target
         raise exists_already(target)
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{remote.name}.{remote.sha256[:12]}.part"
-    if part.exists() and part.stat().st_size > remote.size_bytes:
-        part.unlink()
-    done = part.stat().st_size if part.exists() else 0
-    free = shutil.disk_usage(folder).free
-    if free < remote.size_bytes - done:
-        needed = size_text(remote.size_bytes - done)
-        raise SpoError(f'"{folder}" has {size_text(free)} free; {needed} more are needed for {remote.name}.')
-    _fetch(remote, part, target, progress, should_stop)
-    if _sha256(part) != remote.sha256:
+    free, needed = shutil.disk_usage(folder).free, remote.size_bytes - _size_of(part)
+    if free < needed:
+        raise SpoError(f'"{folder}" has {size_text(free)} free; {size_text(needed)} more are needed for {remote.name}.')
+    tries = 0
+    while (done := _size_of(part)) < remote.size_bytes:
+        try:
+            _fetch(remote, part, progress, should_stop)
+        except _network_errors() as error:
+            came = _size_of(part)
+            if came > remote.size_bytes:  # a server without ranges, and an old library that appended the whole file
+                part.unlink()
+            tries = 0 if came > done else tries + 1
+            if getattr(error, "response", None) is not None or (tries == _TRIES and came == 0):
+                raise _unreachable(error, remote.url, target) from error
+            if tries == _TRIES:
+                raise SpoError(
+                    f"the connection broke after {size_text(came)} of {size_text(remote.size_bytes)} of {remote.name}; "
+                    "what came is kept, fetch it again to go on."
+                ) from error
+    if file_sha256(part) != remote.sha256:
         part.unlink()
         raise SpoError(f"{remote.name} arrived damaged (its SHA-256 is wrong) and was deleted; fetch it again.")
     os.replace(part, target)
     return target
 
 
+class _Watched(io.BufferedWriter):
+    """A file to append to, which reports each block that is written and may end the writing."""
+
+    def __init__(
+        self, path: Path, name: str, total: int, progress: Callable[[int, int], object], should_stop: Callable[[], bool]
+    ) -> None:
+        super().__init__(io.FileIO(path, "ab"))
+        self.what, self.total, self.progress, self.should_stop = name, total, progress, should_stop
+
+    def write(self, block: object) -> int:
+        count = super().write(block)  # type: ignore[arg-type]
+        self.progress(self.tell(), self.total)
+        if self.should_stop():
+            raise SpoError(f"stopped after {size_text(self.tell())} of {self.what}; fetch it again to go on.")
+        return count
+
+
 def _fetch(
-    remote: RemoteFile,
-    part: Path,
-    target: Path,
-    progress: Callable[[int, int], object],
-    should_stop: Callable[[], bool],
+    remote: RemoteFile, part: Path, progress: Callable[[int, int], object], should_stop: Callable[[], bool]
 ) -> None:
-    """Append to `part` until it has its size, asking again where the connection broke."""
-    tries = 0
-    while (done := part.stat().st_size if part.exists() else 0) < remote.size_bytes:
-        try:
-            _fetch_once(remote, part, done, progress, should_stop)
-        except urllib.error.HTTPError as error:
-            raise _unreachable(error, remote.url, target) from error
-        except (OSError, http.client.HTTPException) as error:
-            reason: Exception | None = error
-        else:
-            reason = None  # the server ended early without an error
-        came = part.stat().st_size if part.exists() else 0
-        tries = 0 if came > done else tries + 1
-        if came < remote.size_bytes and tries == _TRIES:
-            if came == 0 and reason is not None:
-                raise _unreachable(reason, remote.url, target) from reason
-            raise SpoError(
-                f"the connection broke after {size_text(came)} of {size_text(remote.size_bytes)} of {remote.name}; "
-                "what came is kept, fetch it again to go on."
-            ) from reason
+    """Append to `part` until it has its size. Raises what the hub's library raises when the connection breaks."""
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    headers = build_hf_headers(token=False, library_name="sd-webui-spo", library_version=__version__)
+    headers["Accept-Encoding"] = "identity"  # sizes and ranges are those of the file itself
+    with _Watched(part, remote.name, remote.size_bytes, progress, should_stop) as file:
+        http_get(
+            remote.url,
+            file,
+            resume_size=file.tell(),
+            headers=headers,
+            expected_size=remote.size_bytes,
+            displayed_filename=remote.name,
+        )
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def _fetch_once(
-    remote: RemoteFile,
-    part: Path,
-    done: int,
-    progress: Callable[[int, int], object],
-    should_stop: Callable[[], bool],
-) -> None:
-    with urllib.request.urlopen(_request(remote.url, f"bytes={done}-"), timeout=_TIMEOUT_S) as answer:
-        goes_on = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {done}-")
-        done = done if goes_on else 0  # a server that knows no ranges starts from the beginning
-        with part.open("ab" if goes_on else "wb") as file:
-            while done < remote.size_bytes and (block := answer.read(min(_BLOCK_BYTES, remote.size_bytes - done))):
-                file.write(block)
-                done += len(block)
-                progress(done, remote.size_bytes)
-                if should_stop():
-                    raise SpoError(f"stopped after {size_text(done)} of {remote.name}; fetch it again to go on.")
-            file.flush()
-            os.fsync(file.fileno())
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What may come from the network. Hub below 1: requests' errors, all OSErrors; from 1: httpx's, of one base."""
+    from huggingface_hub.utils import HfHubHTTPError
 
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        """The redirect's own headers are wanted."""
-        return None
-
-
-def _request(url: str, byte_range: str | None = None, method: str = "GET") -> urllib.request.Request:
-    headers = {"User-Agent": f"sd-webui-spo/{__version__}", "Accept-Encoding": "identity"}
-    return urllib.request.Request(url, headers=headers | ({"Range": byte_range} if byte_range else {}), method=method)
+    return (OSError, *HfHubHTTPError.__bases__)
 
 
 def _unreachable(error: Exception, url: str, target: Path) -> SpoError:
-    host = urllib.parse.urlsplit(url).hostname
-    if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-        why = f"{host} answers {error.code} {error.reason}"
+    host = re.sub(r"^\w+://|[:/].*$", "", url.split("://")[-1])
+    response = getattr(error, "response", None)
+    if response is not None and response.status_code < 500:
+        reason = getattr(response, "reason_phrase", None) or getattr(response, "reason", "")
+        why = f"{host} answers {response.status_code} {reason}".rstrip()
     else:
-        why = f"{host} cannot be reached ({getattr(error, 'reason', None) or error})"
+        why = f"{host} cannot be reached ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return SpoError(f'{why}: fetch {url} elsewhere and put it at "{target.absolute()}".')
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+def _size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

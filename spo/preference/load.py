@@ -79,10 +79,25 @@ FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 BUNDLED = "demo"  # the name that stands for the file below
 BUNDLED_FILE = Path(__file__).parents[1] / "demo" / "preference.safetensors"
 
+
+@dataclass(frozen=True)
+class OfficialFile:
+    """A published step-aware model, as its authors uploaded it on 2024-06-21. sha256: of the whole file."""
+
+    name: str
+    sha256: str
+
+
 OFFICIAL_REPOSITORY = "SPO-Diffusion-Models/Step-Aware_Preference_Models"
 OFFICIAL_FILES = {  # by architecture
-    "sd15": "sd-v1-5_step-aware_preference_model.bin",
-    "sdxl": "sdxl_step-aware_preference_model.bin",
+    "sd15": OfficialFile(
+        "sd-v1-5_step-aware_preference_model.bin",
+        "02b7c39cf116b97774b52aa6b4590e0d17cf6d21758ae5e541530458dedf7470",
+    ),
+    "sdxl": OfficialFile(
+        "sdxl_step-aware_preference_model.bin",
+        "80917b1f044a05a3b63af74eabbb0bc758af535d488a7ee09f1dbbf2971407ca",
+    ),
 }
 _SPELLINGS = {"sdxl": re.compile(r"sd[-_ ]?xl", re.I), "sd15": re.compile(r"sd[-_ ]?v?1[-_. ]?[45](?!\d)", re.I)}
 
@@ -274,8 +289,8 @@ def named_after(name: str) -> str | None:
 
 def where_official(architecture: str) -> str:
     """Where the published step-aware model for an architecture is found."""
-    name = OFFICIAL_FILES.get(architecture, " or ".join(OFFICIAL_FILES.values()))
-    return f"the official one is {name} of huggingface.co/{OFFICIAL_REPOSITORY}"
+    official = [OFFICIAL_FILES[architecture]] if architecture in OFFICIAL_FILES else OFFICIAL_FILES.values()
+    return f"the official one is {' or '.join(file.name for file in official)} of huggingface.co/{OFFICIAL_REPOSITORY}"
 
 
 def _is_model_folder(path: Path) -> bool:
