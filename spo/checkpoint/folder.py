@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spo.checkpoint.info import SCALE_FACTOR, CheckpointInfo, dtypes, parameters
-from spo.checkpoint.kinds import Architecture
+from spo.checkpoint.kinds import Architecture, unet_kind
 from spo.checkpoint.shapes import VOCABULARY, TextEncoderShape, UNetShape, VaeShape
 from spo.checkpoint.tensor_file import TensorFile, open_tensor_file, read_json, refuse
 from spo.checkpoint.webui_yaml import NoiseSchedule, PredictionType, prediction_word
@@ -94,16 +94,10 @@ def inspect_folder(path: Path, override: PredictionType | None) -> CheckpointInf
 
 def _folder_architecture(path: Path, config: Mapping[str, Any]) -> Architecture:
     is_xl = config.get("addition_embed_type") == "text_time"
-    context, channels = config.get("cross_attention_dim"), config.get("in_channels", 4)
-    family = "SDXL" if is_xl else "SD 1.x"
-    if not is_xl and context == 1024:
-        refuse(path, "is a Stable Diffusion 2.x checkpoint; only SD 1.x and SDXL are supported")
-    if is_xl and context == 1280:
-        refuse(path, "is the SDXL refiner, which only finishes pictures; use the SDXL base checkpoint")
-    if channels != 4:
-        kind = {9: f"an {family} inpainting", 8: f"an {family} instruct-pix2pix"}.get(channels, "a special")
-        refuse(path, f"is {kind} checkpoint ({channels} input channels); use the text-to-image one")
-    return "sdxl" if is_xl else "sd15"
+    kind = unet_kind(is_xl, {int(config["cross_attention_dim"])}, int(config.get("in_channels", 4)))
+    if kind.architecture is None:
+        refuse(path, f"is {kind.text}; a text-to-image checkpoint of SD 1.x or SDXL is needed")
+    return kind.architecture
 
 
 def _folder_unet_shape(config: Mapping[str, Any]) -> UNetShape:

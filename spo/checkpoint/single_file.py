@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from spo.checkpoint.info import SCALE_FACTOR, CheckpointInfo, dtypes, parameters
-from spo.checkpoint.kinds import UNET_PREFIX, VAE_PREFIX, architecture_of
+from spo.checkpoint.kinds import UNET_PREFIX, VAE_PREFIX, kind_of
 from spo.checkpoint.shapes import text_encoder_shapes, unet_shape, vae_shape
-from spo.checkpoint.tensor_file import TensorFile, open_tensor_file
+from spo.checkpoint.tensor_file import TensorFile, open_tensor_file, refuse
 from spo.checkpoint.webui_yaml import PredictionType, YamlHints, prediction_word, yaml_hints
 
 
 def inspect_single_file(path: Path, config_path: Path | str | None, override: PredictionType | None) -> CheckpointInfo:
     """See `inspect.inspect_checkpoint`. override: the prediction type to take, whatever the file says."""
     file = open_tensor_file(path)
-    architecture = architecture_of(file)
+    kind = kind_of(file)
+    if kind.architecture is None:
+        refuse(path, f"is {kind.text}; a text-to-image checkpoint of SD 1.x or SDXL is needed")
+    architecture = kind.architecture
     hints = yaml_hints(path, config_path)
     prediction, source = _prediction(file, hints, override)
     parts = [parameters(file.tensors, prefix) for prefix in (UNET_PREFIX, VAE_PREFIX, "cond")]

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from spo.errors import SpoError
 
@@ -37,7 +37,7 @@ class TensorEntry:
 class TensorFile:
     """The index of a file: what tensors it holds. `read_tensors` reads them.
 
-    tensors   name -> entry, in the file's order; of a pickle, the tensors of its `state_dict` or of its top level
+    tensors   name -> entry; of a pickle, the tensors of its `state_dict` or of its top level
     metadata  safetensors' string metadata; empty for a pickle
     """
 
@@ -61,15 +61,22 @@ def open_tensor_file(path: Path | str) -> TensorFile:
     try:
         with path.open("rb") as stream:
             start = stream.read(64)
-            size_bytes = stream.seek(0, 2)
-            if (start[:2] == b"PK" or start[:1] == b"\x80") and start[8:9] != b"{":  # a header length may look so
-                tensors = _load_pickle(path)
-                entries = {name: _entry(tensor) for name, tensor in tensors.items()}
-                return TensorFile(path, True, entries, {}, size_bytes)
-            stream.seek(0)
-            return _safetensors_index(path, stream, start, size_bytes)
+        size_bytes = path.stat().st_size
     except OSError as error:
         raise SpoError(f'"{path}" cannot be read: {error.strerror or error}') from error
+    if is_pickle(start):
+        entries = {name: _entry(tensor) for name, tensor in _load_pickle(path).items()}
+        return TensorFile(path, True, entries, {}, size_bytes)
+    _refuse_foreign(path, start, size_bytes)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as opened:  # numpy: the index alone needs no torch
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            entries = {name: TensorEntry(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+            return TensorFile(path, False, entries, opened.metadata() or {}, size_bytes)
+    except (SafetensorError, OSError) as error:
+        raise SpoError(f'"{path.name}" {_what_is_wrong(path, size_bytes)}') from error
 
 
 def read_tensors(file: TensorFile, names: Iterable[str]) -> dict[str, Tensor]:
@@ -86,7 +93,13 @@ def read_tensors(file: TensorFile, names: Iterable[str]) -> dict[str, Tensor]:
         raise SpoError(f'"{file.path}" cannot be read: {error}') from error
 
 
-def _safetensors_index(path: Path, stream: BinaryIO, start: bytes, size_bytes: int) -> TensorFile:
+def is_pickle(start: bytes) -> bool:
+    """Whether a file that starts so is a torch checkpoint, zipped or not. A safetensors header's length may look so."""
+    return (start[:2] == b"PK" or start[:1] == b"\x80") and start[8:9] != b"{"
+
+
+def _refuse_foreign(path: Path, start: bytes, size_bytes: int) -> None:
+    """Raise SpoError for what is known by its first 64 bytes, in better words than the safetensors library has."""
     text = start.lstrip()[:16].lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         refuse(path, "is a web page, not a checkpoint: the download went wrong")
@@ -98,24 +111,26 @@ def _safetensors_index(path: Path, stream: BinaryIO, start: bytes, size_bytes: i
         refuse(path, "is a text file; a safetensors file or a torch checkpoint is needed")
     if size_bytes < 8:
         refuse(path, f"is truncated: it has only {size_bytes} bytes")
-    header_bytes = int.from_bytes(start[:8], "little")
-    if not 2 <= header_bytes <= _HEADER_LIMIT_BYTES or start[8:9] not in (b"{", b""):
+    if int.from_bytes(start[:8], "little") > _HEADER_LIMIT_BYTES or start[8:9] not in (b"{", b""):
         refuse(path, "is neither a safetensors file nor a torch checkpoint")
-    if 8 + header_bytes > size_bytes:
-        refuse(path, f"is truncated: its header alone has {8 + header_bytes} bytes, the file {size_bytes}")
+
+
+def _what_is_wrong(path: Path, size_bytes: int) -> str:
+    """Why the library refuses a file that begins like one of its own: how many bytes there should be, and are."""
+    with path.open("rb") as stream:
+        header_bytes = int.from_bytes(stream.read(8), "little")
+        header = stream.read(header_bytes)
+    if len(header) < header_bytes:
+        return f"is truncated: its header alone has {8 + header_bytes} bytes, the file {size_bytes}"
     try:
-        header = json.loads(stream.read(8 + header_bytes)[8:])
-        metadata = dict(header.pop("__metadata__", {}))
-        entries = {name: TensorEntry(tuple(e["shape"]), e["dtype"]) for name, e in header.items()}
-        data_bytes = max((e["data_offsets"][1] for e in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise SpoError(f'"{path.name}" is not a safetensors file: its header does not list tensors') from error
-    expected_bytes = 8 + header_bytes + data_bytes
-    if expected_bytes > size_bytes:
-        refuse(path, f"is truncated: its header lists {expected_bytes} bytes, the file has {size_bytes}")
-    if expected_bytes < size_bytes:
-        refuse(path, f"is damaged: its header lists {expected_bytes} bytes, the file has {size_bytes}")
-    return TensorFile(path, False, entries, metadata, size_bytes)
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        expected_bytes = 8 + header_bytes + max(ends, default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return "is not a safetensors file: its header does not list tensors"
+    if expected_bytes == size_bytes:
+        return "is damaged: its header contradicts itself"
+    state = "truncated" if expected_bytes > size_bytes else "damaged"
+    return f"is {state}: its header lists {expected_bytes} bytes, the file has {size_bytes}"
 
 
 def _is_text(start: bytes) -> bool:

@@ -9,18 +9,22 @@ from typing import Any
 
 from spo.checkpoint.info import describe as describe_checkpoint
 from spo.checkpoint.inspect import inspect_checkpoint
+from spo.checkpoint.kinds import kind_of
 from spo.checkpoint.tensor_file import open_tensor_file
-from spo.errors import SpoError
+from spo.files import size_text
 from spo.lora.describe import describe as describe_lora
 from spo.lora.read import read_lora
-from spo.preference.load import describe_preference
+from spo.preference.load import describe_preference, is_model_folder, recognised
+from spo.preference.mix import is_mix
 from spo.preference.taste.head import describe as describe_taste
 from spo.preference.taste.head import read_taste
 
 
 def add_inspect(command: Callable[[str, Callable[[argparse.Namespace], int], str], Any]) -> None:
     """Add the command to the command line; `command(name, run, text)` makes its parser."""
-    parser = command("inspect", _run, "Say what a LoRA, a checkpoint or a preference model is.")
+    parser = command(
+        "inspect", _run, "Say what a LoRA, a checkpoint, a preference model or another file of tensors is."
+    )
     parser.add_argument("file", type=Path)
 
 
@@ -30,22 +34,24 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def describe_file(path: Path) -> str:
-    """Lines about a LoRA, a checkpoint or a preference model; SpoError says what it is when it is none of these."""
-    try:
-        preference = describe_preference(path)
-    except SpoError:
-        pass  # it may be one of the other two
-    else:
-        is_head = preference.kind == "taste head"
-        return describe_taste(read_taste(open_tensor_file(path), path.stem).facts) if is_head else preference.text()
+    """Lines about a LoRA, a checkpoint or a preference model; of another file of tensors, what it is.
+
+    Raises SpoError for what is no such file, and for one of these that is damaged.
+    """
+    if is_mix(str(path)) or is_model_folder(path):
+        return describe_preference(path).text()
     if path.is_dir():
         return "\n".join(describe_checkpoint(inspect_checkpoint(path)))
-    try:
-        lora = read_lora(path)
-    except SpoError as not_a_lora:
-        try:
-            return "\n".join(describe_checkpoint(inspect_checkpoint(path)))
-        except SpoError as not_a_checkpoint:
-            known = "LoRA" in str(not_a_checkpoint)
-            raise (not_a_lora if known else not_a_checkpoint) from None
-    return describe_lora(lora).text()
+    file = open_tensor_file(path)
+    if (preference := recognised(file)) is not None:
+        is_head = preference.name == "taste head"
+        return describe_taste(read_taste(file, path.stem).facts) if is_head else describe_preference(path).text()
+    kind = kind_of(file)
+    if kind.family == "checkpoint":
+        return "\n".join(describe_checkpoint(inspect_checkpoint(path)))
+    if kind.family == "lora":
+        return describe_lora(read_lora(path)).text()
+    return (
+        f"file:          {path.name}, {size_text(file.size_bytes)}, {len(file.tensors)} tensors\n"
+        f"kind:          {kind.text}; SPO works with LoRAs, checkpoints and preference models"
+    )

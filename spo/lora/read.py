@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from spo.checkpoint.kinds import TITLE
+from spo.checkpoint.kinds import TITLE, kind_of, kind_of_pickle
 from spo.checkpoint.tensor_file import TensorFile, open_tensor_file, read_tensors
 from spo.errors import SpoError
 from spo.lora.layer import LoraLayer, checked_layer
@@ -55,9 +55,15 @@ def read_lora(path: Path | str) -> LoraFile:
     whole checkpoint, a LoRA for another network, a file that is damaged or no safetensors file at all.
     """
     path = Path(path)
-    _refuse_pickle(path)
+    if pickle_kind := kind_of_pickle(path):
+        raise SpoError(
+            f'"{path.name}" is {pickle_kind.text} in the old pickle format, which may run code; a LoRA is read from '
+            ".safetensors."
+        )
     file = open_tensor_file(path)
-    _refuse_other_kinds(file)
+    kind = kind_of(file)
+    if kind.family != "lora":
+        _refuse(path, kind.text)
     entries = _entries(file)
     unet = {name: entry for name, entry in entries.items() if not entry.is_text_encoder}
     text = tuple(name for name, entry in entries.items() if entry.is_text_encoder)
@@ -170,84 +176,8 @@ def _default_alpha(file: TensorFile) -> Callable[[str, int], float]:
     return default
 
 
-# ------------------------------------------------------------------------------------------- what else a file may be
-
-_OTHER_ADAPTERS = {
-    r"\.hada_w": "a LoHa file (LyCORIS)",
-    r"\.lokr_w": "a LoKr file (LyCORIS)",
-    r"\.dora_scale|lora_magnitude_vector": "a DoRA file",
-    r"\.oft_|^oft_": "an OFT file",
-    r"\.on_input$": "an (IA)^3 file (LyCORIS)",
-    r"\.[ab][12]\.weight$": "a GLoRA file (LyCORIS)",
-    r"lora_mid": "a LoCon file with Tucker decomposition (LyCORIS)",
-    r"^lora_controlnet": "a Control-LoRA",
-    r"\.(diff|diff_b|w_norm|b_norm)$": "a file with whole differences of weights (LyCORIS)",
-    r"^bundle_emb\.": "a LoRA with embeddings bundled into it",
-    r"motion_modules[._]": "an AnimateDiff motion module or its LoRA",
-}
-_OTHER_LORAS = {
-    r"(double_blocks|single_blocks|single_transformer_blocks)[._]\d": "a LoRA for Flux or a relative of it",
-    r"joint_blocks[._]\d|transformer_blocks[._]\d+[._]attn[._]": "a LoRA for Stable Diffusion 3 or a relative of it",
-    r"^(base_model\.model\.)?(lora_)?(transformer|prior)[._]": "a LoRA for a transformer",
-    r"^(lora_unet_|unet\.|diffusion_model\.)*(transformer_blocks|blocks|layers)[._]\d": "a LoRA for a transformer",
-}
-_NO_LORAS = {
-    r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.": "a whole checkpoint",
-    r"^(control_model\.|controlnet_|input_hint_block\.)": "a ControlNet",
-    r"^(image_proj|ip_adapter)\.": "an IP-Adapter",
-    r"^(emb_params$|clip_[lg]$|string_to_param|<.*>$)": "a textual inversion embedding",
-    r"^\d+\.\d+\.": "a hypernetwork",
-    r"^(encoder|decoder)\.(conv_in|mid|down|up)": "a VAE",
-    r"^(unet\.)?(down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)\.": "a whole UNet",
-    r"^(double_blocks|single_blocks|joint_blocks|(single_)?transformer_blocks)\.": "a whole transformer model",
-    r"^(text_model|transformer|text_projection|token_embedding)\b": "a text encoder",
-}
-_EMBEDDING_WIDTHS = (768, 1024, 1280)
-_PICKLED = {
-    b"string_to_param": "a textual inversion embedding",
-    b"layer_structure": "a hypernetwork",
-    b"diffusion_model.": "a whole checkpoint",
-    b"lora_": "a LoRA",
-}
-
-
 def _refuse(path: Path, what: str) -> NoReturn:
     raise SpoError(f'"{path.name}" is {what}; what is read here are LoRA files for Stable Diffusion 1.5 and SDXL.')
-
-
-def _first_kind(kinds: Mapping[str, str], names: Iterable[str]) -> str | None:
-    names = list(names)
-    return next((kind for pattern, kind in kinds.items() if any(re.search(pattern, name) for name in names)), None)
-
-
-def _refuse_pickle(path: Path) -> None:
-    """A pickle is not loaded, as it may run code; what its index, at its start, mentions tells what it is."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(1 << 22)
-    except OSError:
-        return  # open_tensor_file says why
-    if (start[:2] == b"PK" or start[:1] == b"\x80") and start[8:9] != b"{":  # a header's length may look so
-        what = next((what for mark, what in _PICKLED.items() if mark in start), "a file")
-        raise SpoError(
-            f'"{path.name}" is {what} in the old pickle format, which may run code; a LoRA is read from .safetensors.'
-        )
-
-
-def _refuse_other_kinds(file: TensorFile) -> None:
-    names = file.tensors
-    if not names:
-        _refuse(file.path, "an empty file, without any tensor")
-    kind = _first_kind(_OTHER_ADAPTERS, names)
-    if kind is None and any("lora" in name for name in names):
-        kind = _first_kind(_OTHER_LORAS, names)
-    elif kind is None:
-        widths = {entry.shape[-1] if entry.shape else 0 for entry in names.values()}
-        is_embedding = len(names) <= 2 and widths <= set(_EMBEDDING_WIDTHS)
-        kind = "a textual inversion embedding" if is_embedding else _first_kind(_NO_LORAS, names)
-        kind = kind or f'not a LoRA ({len(names)} tensors, the first "{next(iter(names))}")'
-    if kind is not None:
-        _refuse(file.path, kind)
 
 
 # ----------------------------------------------------------------------------------------------------- architecture

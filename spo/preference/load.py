@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +14,7 @@ from typing import Protocol
 import torch
 
 from spo.algorithm.preference import PreferenceModel
+from spo.checkpoint import kinds
 from spo.checkpoint.tensor_file import TensorFile, open_tensor_file
 from spo.errors import SpoError
 from spo.files import size_text
@@ -148,10 +148,17 @@ def load(
 
 def kind_of(file: TensorFile) -> Kind:
     """Which of `KINDS` a file holds. Raises SpoError saying what it is instead."""
-    for kind in KINDS:
-        if kind.recognises(file):
-            return kind
-    raise SpoError(f'"{file.path.name}" {_what_it_is(file.tensors)}; a preference model is needed.')
+    kind = recognised(file)
+    if kind is None:
+        other = kinds.kind_of(file)
+        lacking = " that lacks its text tower, a projection or its logit scale" if other.family == "clip" else ""
+        raise SpoError(f'"{file.path.name}" is {other.text}{lacking}; a preference model is needed.')
+    return kind
+
+
+def recognised(file: TensorFile) -> Kind | None:
+    """Which of `KINDS` a file holds, or None."""
+    return next((kind for kind in KINDS if kind.recognises(file)), None)
 
 
 def _path_of(name_or_path: str | Path) -> Path:
@@ -225,12 +232,12 @@ def list_preference_models(place: Path) -> PreferenceList:
     place = place.expanduser()
     if not place.exists():
         raise SpoError(f'there is no file or folder "{place.absolute()}" with preference models.')
-    if place.is_file() or _is_model_folder(place):
+    if place.is_file() or is_model_folder(place):
         return PreferenceList((describe_preference(place),), ())
     models, refused = [], []
     for path in sorted(place.iterdir(), key=lambda path: path.name.lower()):
         suffix = path.suffix.lower()
-        if not (suffix in (*FILE_SUFFIXES, *SUFFIXES) or (path.is_dir() and _is_model_folder(path))):
+        if not (suffix in (*FILE_SUFFIXES, *SUFFIXES) or (path.is_dir() and is_model_folder(path))):
             continue
         if suffix in SUFFIXES and not _looks_like_mix(path):
             continue
@@ -293,7 +300,8 @@ def where_official(architecture: str) -> str:
     return f"the official one is {' or '.join(file.name for file in official)} of huggingface.co/{OFFICIAL_REPOSITORY}"
 
 
-def _is_model_folder(path: Path) -> bool:
+def is_model_folder(path: Path) -> bool:
+    """Whether transformers saved a model in the folder."""
     return path.is_dir() and any((path / name).is_file() for name in scores.WEIGHT_NAMES)
 
 
@@ -302,29 +310,3 @@ def _looks_like_mix(path: Path) -> bool:
         return path.stat().st_size < 100_000 and "models" in path.read_text("utf-8")
     except (OSError, UnicodeDecodeError):
         return False
-
-
-def _what_it_is(names: Iterable[str]) -> str:
-    """What a file that is no preference model is, judged by its tensors' names."""
-    names = list(names)
-
-    def has(*parts: str) -> bool:
-        return any(part in name for name in names for part in parts)
-
-    if has("lora_unet_", "lora_te", ".lora_", "lycoris_", ".hada_w", ".lokr_w"):
-        return "is a LoRA"
-    if has("model.diffusion_model."):
-        return "is a Stable Diffusion checkpoint"
-    if has("blip."):
-        return "is ImageReward, which is not supported"
-    if has("vision_model.", "visual.transformer.", "visual.conv1."):
-        return "is a CLIP that lacks its text tower, a projection or its logit scale"
-    if has("text_model.", "token_embedding"):
-        return "is a text encoder"
-    if has("decoder.conv_in.", "first_stage_model."):
-        return "is a VAE"
-    if has("input_blocks.", "down_blocks."):
-        return "is a diffusion network"
-    if "emb_params" in names or set(names) == {"clip_l", "clip_g"}:
-        return "is a textual inversion embedding"
-    return f"holds something else (its first tensors: {', '.join(names[:3])})"

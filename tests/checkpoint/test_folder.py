@@ -56,9 +56,9 @@ def test_folders_of_other_kinds(folder: Path, tmp_path: Path) -> None:
     kept = config.read_text()
     for values, message in (
         ({"cross_attention_dim": 1024}, "Stable Diffusion 2.x"),
-        ({"in_channels": 9}, "SD 1.x inpainting checkpoint .9"),
+        ({"in_channels": 9}, "SD 1.x inpainting checkpoint with 9"),
         ({"in_channels": 8}, "instruct-pix2pix"),
-        ({"in_channels": 5}, "a special checkpoint .5"),
+        ({"in_channels": 5}, "SD 1.x checkpoint with 5"),
         ({"addition_embed_type": "text_time", "cross_attention_dim": 1280}, "SDXL refiner"),
         ({"addition_embed_type": "text_time"}, "without text_encoder_2/"),
         ({"block_out_channels": None}, "incomplete or damaged configuration"),

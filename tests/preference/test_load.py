@@ -77,7 +77,7 @@ def test_advice(folder):
 
 def test_other_files_are_named(folder, tmp_path):
     write_tiny_sd15(tmp_path / "model.safetensors")
-    with pytest.raises(SpoError, match="is a Stable Diffusion checkpoint; a preference model is needed"):
+    with pytest.raises(SpoError, match="is a Stable Diffusion 1.5 checkpoint; a preference model is needed"):
         describe_preference(tmp_path / "model.safetensors")
     with pytest.raises(SpoError, match="is a text file"):
         describe_preference(folder / "notes.txt")
