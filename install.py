@@ -1,6 +1,6 @@
 """Run by the WebUI at each start: installs what training needs and the WebUI lacks, and moves nothing else.
 
-What is needed at which version is in spo/requirements_check.py. Without a network, or when pip fails for another
+What is needed at which version is in spo/webui/packages.py. Without a network, or when pip fails for another
 reason, one sentence says so and the WebUI starts all the same.
 """
 

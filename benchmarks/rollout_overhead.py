@@ -48,10 +48,7 @@ def start_webui() -> None:
     initialize.initialize()
     from modules import script_callbacks, shared
 
-    from spo.webui import sampler
-
     script_callbacks.before_ui_callback()
-    sampler.register()
     shared.opts.data["live_previews_enable"] = False
 
 

@@ -15,7 +15,8 @@ MODULES = {
     for path in SPO.rglob("*.py")
 }
 TORCH_ONLY = {"spo.algorithm.diffusion", "spo.algorithm.pairs", "spo.algorithm.objective"}
-WEBUI_ONLY = {"modules", "gradio", "fastapi", "starlette"}
+WEBUI_BRINGS = {"modules", "launch", "ldm", "sgm", "k_diffusion", "networks"}  # the seam's: spo/webui/a1111.py
+WEBUI_ONLY = {*WEBUI_BRINGS, "gradio", "fastapi", "starlette", "pydantic"}
 
 
 def imports(path: Path, *, everywhere: bool = True) -> set[str]:
@@ -40,6 +41,12 @@ def test_the_mathematics_knows_nothing_but_torch():
 def test_only_the_webui_room_imports_the_webui(name):
     tops = {module.split(".")[0] for module in imports(MODULES[name])}
     assert name.startswith("spo.webui") or not tops & WEBUI_ONLY
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_one_file_alone_imports_what_the_webui_brings(name):
+    tops = {module.split(".")[0] for module in imports(MODULES[name])}
+    assert name == "spo.webui.a1111" or not tops & WEBUI_BRINGS
 
 
 def test_rooms_depend_downwards_only(monkeypatch):

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from spo.errors import SpoError
+from spo.webui import a1111
 
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 _FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f\x7f,]')
@@ -14,18 +15,9 @@ _MAX_BYTES = 200  # file systems take 255; a stage's name and that of a file bei
 BUNDLED_PROMPTS = Path(__file__).parents[1] / "demo" / "prompts.txt"
 
 
-def lora_folder() -> Path:
-    """The WebUI's LoRA folder."""
-    from modules import shared
-
-    return Path(shared.cmd_opts.lora_dir).absolute()
-
-
 def preference_folder() -> Path:
     """Where preference models are looked for: models/SPO."""
-    from modules import paths_internal
-
-    return Path(paths_internal.models_path).absolute() / "SPO"
+    return a1111.models_folder() / "SPO"
 
 
 def lora_path(name: str) -> Path:
@@ -43,7 +35,7 @@ def lora_path(name: str) -> Path:
         bad = bad or len(part.encode("utf-8", "replace")) > _MAX_BYTES
         if bad or part.split(".")[0].lower() in _RESERVED:
             raise SpoError(f'LoRA name "{name[:80]}" cannot be used because of "{part}"; {rule}.')
-    folder = lora_folder().resolve()
+    folder = a1111.lora_folder().resolve()
     path = folder.joinpath(*parts[:-1], f"{parts[-1]}.safetensors")
     if not path.parent.resolve().is_relative_to(folder):
         raise SpoError(f'LoRA name "{name[:80]}" leads out of the LoRA folder; {rule}.')
@@ -52,14 +44,14 @@ def lora_path(name: str) -> Path:
 
 def lora_name(path: Path) -> str:
     """The inverse of `lora_path`."""
-    folder = lora_folder().resolve()
+    folder = a1111.lora_folder().resolve()
     path = path.resolve().with_suffix("")
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
 def lora_files() -> dict[str, Path]:
     """The .safetensors files in the LoRA folder by name (`lora_name`), sorted."""
-    return {lora_name(path): path for path in sorted(lora_folder().rglob("*.safetensors"))}
+    return {lora_name(path): path for path in sorted(a1111.lora_folder().rglob("*.safetensors"))}
 
 
 def free_name(wanted: str) -> str:
@@ -89,7 +81,7 @@ def run_names() -> list[str]:
 
 def lora_names() -> list[str]:
     """Every LoRA file in the folder, those that SPO trained first (they have settings or stages), then by name."""
-    names = [lora_name(path) for path in lora_folder().rglob("*.safetensors")]
+    names = [lora_name(path) for path in a1111.lora_folder().rglob("*.safetensors")]
     runs = set(run_names())
     return sorted(names, key=lambda name: (not {name, name.rpartition("-step")[0]} & runs, name.lower()))
 

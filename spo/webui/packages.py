@@ -1,6 +1,7 @@
-"""Which Python packages the WebUI lacks for SPO, at which versions, and what to tell the user. Standard library only.
+"""Which Python packages the WebUI lacks for SPO, at which versions, and what to tell the user.
 
-`install.py` asks before the WebUI's libraries are loaded, the tab asks to say what is missing. WebUI 1.10.1 brings all
+`install.py` asks before the WebUI's libraries are loaded, so this needs the standard library and `packaging` only,
+which the WebUI's launcher itself needs by then; the tab asks to say what is missing. WebUI 1.10.1 brings all
 but two of the packages that SPO imports; the two are installed without their dependencies, so that nothing moves.
 """
 
@@ -8,10 +9,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
 
 
 @dataclass(frozen=True)
@@ -34,38 +37,46 @@ class Missing:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A package with its accepted versions, both ends included; "0" as the last one includes every 0.x."""
+    """A package with the versions that work, in words too, and what pip is to install.
+
+    may_update  a version that is older than these may be raised unasked
+    """
 
     package: str
-    first: str
-    last: str
+    works: SpecifierSet
     accepted: str
     requirement: str
     may_update: bool = False
 
 
 WANTED = (
-    _Wanted("huggingface-hub", "0.23.2", "0", "0.23.2 or newer, below 1.0", "huggingface-hub>=0.23.2,<1.0", True),
-    _Wanted("peft", "0.10", "0.13.2", "0.10 to 0.13.2", "peft==0.13.2"),
-    _Wanted("diffusers", "0.29.2", "0.30.3", "0.29.2 to 0.30.3", "diffusers==0.30.3"),
+    _Wanted(
+        "huggingface-hub",
+        SpecifierSet(">=0.23.2,<1.0"),
+        "0.23.2 or newer, below 1.0",
+        "huggingface-hub>=0.23.2,<1.0",
+        may_update=True,
+    ),
+    _Wanted("peft", SpecifierSet(">=0.10,<=0.13.2"), "0.10 to 0.13.2", "peft==0.13.2"),
+    _Wanted("diffusers", SpecifierSet(">=0.29.2,<=0.30.3"), "0.29.2 to 0.30.3", "diffusers==0.30.3"),
 )
 # the versions above were tried beside these, which WebUI 1.10.1 pins; beside others an installed package is left alone
-PINNED = {"transformers": "4.30", "accelerate": "0.21"}
+PINNED = {"transformers": SpecifierSet("==4.30.*"), "accelerate": SpecifierSet("==0.21.*")}
 PIP_FLAGS = "--no-deps"
 
 
 def installed_versions() -> dict[str, str]:
     """The versions of the packages that matter here, as they are on disk now; absent ones are not in it."""
     importlib.invalidate_caches()
-    found = {}
+    versions = {}
     for package in (*(wanted.package for wanted in WANTED), *PINNED):
         try:
             version = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
         if version:  # None when an interrupted installation left an empty folder
-            found[package] = version
-    return found
+            versions[package] = version
+    return versions
 
 
 def missing(versions: Mapping[str, str] | None = None) -> list[Missing]:
@@ -74,16 +85,14 @@ def missing(versions: Mapping[str, str] | None = None) -> list[Missing]:
     versions  by package; default: `installed_versions()`
     """
     versions = installed_versions() if versions is None else versions
-    as_pinned = all(_numbers(versions.get(name, ""))[:2] == _numbers(pin) for name, pin in PINNED.items())
-    found = []
+    as_pinned = all(_fits(versions.get(name, ""), pin) for name, pin in PINNED.items())
+    lacking = []
     for wanted in WANTED:
         installed = versions.get(wanted.package, "")
-        too_old = _numbers(installed) < _numbers(wanted.first)
-        too_new = _numbers(installed)[: len(_numbers(wanted.last))] > _numbers(wanted.last)
-        if not installed or (as_pinned and (too_old or too_new)):
-            may_install = not installed or (wanted.may_update and too_old)
-            found.append(Missing(wanted.package, wanted.requirement, wanted.accepted, installed, may_install))
-    return found
+        if not installed or (as_pinned and not _fits(installed, wanted.works)):
+            may_install = not installed or (wanted.may_update and _is_older(installed, wanted.works))
+            lacking.append(Missing(wanted.package, wanted.requirement, wanted.accepted, installed, may_install))
+    return lacking
 
 
 def missing_text(lacking: Sequence[Missing], *, reason: str = "") -> str:
@@ -120,7 +129,17 @@ def _left_alone(item: Missing) -> str:
     )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    """(0, 13, 2) of "0.13.2", "0.13.2.dev0" and "0.13.2+cpu"; () of ""."""
-    release = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(part) for part in release[0].split(".")) if release else ()
+def _fits(version: str, works: SpecifierSet) -> bool:
+    """Whether a version, "" for none, is among these; pre-releases count, text that is no version does not."""
+    try:
+        return bool(version) and works.contains(Version(version), prereleases=True)
+    except InvalidVersion:
+        return False
+
+
+def _is_older(version: str, works: SpecifierSet) -> bool:
+    lowest = min(Version(one.version) for one in works if one.operator == ">=")
+    try:
+        return Version(version) < lowest
+    except InvalidVersion:
+        return False

@@ -6,26 +6,17 @@ from typing import Any
 
 
 def register() -> None:
-    """Sampler, tab, axes, routes; and the end of our thread before a reload."""
-    from modules import script_callbacks
-
-    from spo.webui import sampler, xyz
+    """Tab, axes, routes; and the end of our threads before a reload."""
+    from spo.webui import a1111, xyz
     from spo.webui.jobs import job, voting
     from spo.webui.tabs import tab
 
-    sampler.register()
-    script_callbacks.on_before_ui(xyz.add_axes)
-    script_callbacks.on_ui_tabs(tab.tabs)
-    script_callbacks.on_app_started(_routes)
-    for end in (job.end, voting.end):
-        script_callbacks.on_before_reload(end)
-        script_callbacks.on_script_unloaded(end)
+    a1111.on_start(before_page=xyz.add_axes, tabs=tab.tabs, app=_add_routes, ends=(job.end, voting.end))
 
 
-def _routes(demo: Any, app: Any) -> None:
-    from modules import shared
+def _add_routes(app: Any) -> None:
+    from spo.webui import a1111
+    from spo.webui.api import routes  # FastAPI, which only the WebUI has
 
-    from spo.webui.api import routes
-
-    if shared.cmd_opts.api or shared.cmd_opts.nowebui:
+    if a1111.api_wanted():
         routes.add_routes(app)

@@ -11,7 +11,7 @@ from typing import Any
 from spo.config import read_config_file
 from spo.errors import SpoError
 from spo.training.loop import stages
-from spo.webui import cards, folders
+from spo.webui import a1111, folders
 
 # what training writes into a run folder; nothing else is ever deleted
 _OWN_FILES = ("state.spo", "metrics.csv", "config.json", "prompts.json", "curves.png")
@@ -35,7 +35,7 @@ class Run:
     def text(self) -> str:
         """A few lines for people."""
         last = self.rows[-1] if self.rows else {}
-        told = {
+        facts = {
             "checkpoint": Path(str(self.config.get("checkpoint", ""))).name,
             "preference": Path(str(self.config.get("preference", ""))).name,
             "updates": f"{self.step}" + (f" of {self.config['steps']}" if self.config.get("steps") else ""),
@@ -45,7 +45,7 @@ class Run:
             "LoRA": self.lora.name if self.lora else "not finished",
             "stages": ", ".join(path.stem for path in self.stages) or "none",
         }
-        return "\n".join(f"{name:14}{value}" for name, value in told.items() if value not in ("", None))
+        return "\n".join(f"{name:14}{value}" for name, value in facts.items() if value not in ("", None))
 
 
 def read(name: str) -> Run:
@@ -88,5 +88,5 @@ def delete(name: str, lora_too: bool) -> int:
     for place in (folder / "samples", folder / "tensorboard", folder):
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()
-    cards.refresh_loras()
+    a1111.refresh_loras()
     return len(doomed)

@@ -7,11 +7,11 @@ another to a copy of the processing object, so each axis leaves there what it ch
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from spo.errors import SpoError, nearest
+from spo.webui import a1111
 
 LORA, STAGE, WEIGHT = "[SPO] LoRA", "[SPO] stage", "[SPO] weight"
 NONE = "None"
@@ -22,12 +22,8 @@ _STAGE = re.compile(r"(.+)-step(\d+)")
 
 def add_axes() -> None:
     """Put our axes into the X/Y/Z plot, once, also after Reload UI. Call it before the page is built."""
-    from modules import scripts
-
-    for data in scripts.scripts_data:
-        if data.module.__name__ not in ("xyz_grid.py", "scripts.xyz_grid"):
-            continue
-        plot: Any = data.module
+    plot: Any
+    for plot in a1111.xyz_plots():
         known = {option.label for option in plot.axis_options}
         for option in _options(plot.AxisOption):
             if option.label not in known:
@@ -37,10 +33,10 @@ def add_axes() -> None:
 def _options(axis_option: Callable[..., Any]) -> Iterator[Any]:
     """cost: the WebUI takes time to put other LoRAs in place, so these are its outer loops."""
     yield axis_option(
-        LORA, str, _apply_lora, format_value=_shown_name, confirm=_confirm_lora, cost=0.3, choices=lora_choices
+        LORA, str, _apply_lora, format_value=_legend, confirm=_confirm_lora, cost=0.3, choices=lora_choices
     )
     yield axis_option(
-        STAGE, str, _apply_stage, format_value=_shown_name, confirm=_confirm_stage, cost=0.3, choices=stage_choices
+        STAGE, str, _apply_stage, format_value=_legend, confirm=_confirm_stage, cost=0.3, choices=stage_choices
     )
     yield axis_option(
         WEIGHT, float, _apply_weight, format_value=lambda p, option, x: f"weight {x:g}", confirm=_confirm_weight,
@@ -53,9 +49,8 @@ def _options(axis_option: Callable[..., Any]) -> Iterator[Any]:
 
 def _made_by_spo() -> list[str]:
     """Names, as prompts call them, of the LoRAs that SPO made; the WebUI has their metadata at hand."""
-    networks: Any = sys.modules.get("networks")  # of the built-in Lora extension
-    found = getattr(networks, "available_networks", {})
-    return sorted((name for name, file in found.items() if file.metadata.get("spo_run_id")), key=str.casefold)
+    loras = a1111.known_loras() or {}
+    return sorted((name for name, lora in loras.items() if lora.metadata.get("spo_run_id")), key=str.casefold)
 
 
 def lora_choices() -> list[str]:
@@ -73,7 +68,7 @@ def stage_choices() -> list[str]:
     return sorted(_made_by_spo(), key=place)
 
 
-def _shown_name(p: Any, option: Any, name: str) -> str:
+def _legend(p: Any, option: Any, name: str) -> str:
     stage = _STAGE.fullmatch(name)
     return f"{stage[1]} step {int(stage[2])}" if stage else "no SPO LoRA" if name == NONE else name
 
@@ -181,7 +176,7 @@ def with_lora(prompt: str, ours: set[str], chosen: str | None, weight: float | N
             return space + tag_text(tag[1], tag[2]) if tag[1] in ours else tag[0]
 
         return _TAG.sub(weighed, prompt)
-    kept = _TAG.sub(lambda tag: "" if tag[1] in ours else tag[0], prompt)
+    rest = _TAG.sub(lambda tag: "" if tag[1] in ours else tag[0], prompt)
     if chosen == NONE:
-        return kept.strip() if mine else kept
-    return f"{kept.rstrip()} {tag_text(chosen, mine[0][2] if mine else None)}".lstrip()
+        return rest.strip() if mine else rest
+    return f"{rest.rstrip()} {tag_text(chosen, mine[0][2] if mine else None)}".lstrip()

@@ -16,7 +16,6 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -165,21 +164,15 @@ def test_what_training_is_asked_for(client, monkeypatch):
 
 
 def test_compare_is_asked_for(client, monkeypatch):
-    from spo.webui.jobs import job
+    from spo.webui.jobs import comparison, job
 
-    class Request(SimpleNamespace):
-        pass
-
-    module = ModuleType("spo.webui.jobs.comparison")
     seen = []
 
     def start_comparison(request):
         seen.append(request)
         return job.Job("comparison", "never", "task")
 
-    vars(module).update(CompareRequest=Request, start_comparison=start_comparison)
-    monkeypatch.setitem(sys.modules, "spo.webui.jobs.comparison", module)
-    monkeypatch.setattr(sys.modules["spo.webui"], "comparison", module, raising=False)
+    monkeypatch.setattr(comparison, "start_comparison", start_comparison)
     answer = client.post("/spo/v1/compare", json=GOOD["compare"] | {"weights": [0.5, 1], "seeds": [1, 2]})
     assert answer.status_code == 200
     assert answer.json()["kind"] == "comparison"
@@ -209,8 +202,12 @@ def test_settings_and_schema(client):
     assert told["presets"]["quick"]["settings"]["steps"] == 60
     assert told["preferences"] == ["demo"]
     assert told["styles"] == ["soft"]
-    paths = client.get("/openapi.json").json()["paths"]
+    api = client.get("/openapi.json").json()
+    paths = api["paths"]
     body = paths["/spo/v1/start"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/Start"}
+    body = api["components"]["schemas"]["Start"]
+    assert body["additionalProperties"] is False and body["required"] == ["name"]
     assert body["properties"]["settings"]["properties"].keys() == told["settings"].keys()
     assert client.get("/docs").status_code == 200
 

@@ -121,8 +121,8 @@ def test_pictures_are_those_of_txt2img(loras, grids):
     made = [comparison._make_picture(plan, f"a fox {column.tag}".rstrip(), 7) for column in plan.columns]
     for one, column in zip(made, plan.columns, strict=True):
         expected = host.txt2img("Euler a", prompt=f"a fox {column.tag}".rstrip(), scheduler="Automatic")[0]
-        assert np.abs(np.asarray(one.picture).astype(int) - expected).max() <= 1
-    assert not np.array_equal(made[0].picture, made[1].picture)
+        assert np.abs(np.asarray(one.images[0]).astype(int) - expected).max() <= 1
+    assert not np.array_equal(made[0].images[0], made[1].images[0])
 
 
 class LooksAtAll:

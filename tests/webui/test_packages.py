@@ -42,6 +42,11 @@ def test_a_newer_webui_keeps_what_it_has_and_gets_what_it_lacks():
     assert missing({**newer, "peft": "0.21.2"}) == []
 
 
+def test_what_is_no_version_is_left_alone():
+    (item,) = missing({**READY, "peft": "from-source"})
+    assert (item.installed, item.may_install) == ("from-source", False)
+
+
 @pytest.mark.parametrize(("hub", "may_install"), [("", True), ("0.22.1", True), ("1.0.0", False)])
 def test_the_hub_is_only_ever_raised(hub, may_install):
     versions = {**READY, "huggingface-hub": hub}
@@ -68,11 +73,11 @@ def test_the_versions_on_disk_are_found(tmp_path, monkeypatch):
     assert installed_versions() == {"peft": "9.8.7"}
 
 
-def test_it_needs_the_standard_library_only():
+def test_it_needs_the_standard_library_and_packaging_only():
     code = (
         "import sys; before = set(sys.modules); import spo.webui.packages\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "assert not new - {*sys.stdlib_module_names, 'spo'}, new"
+        "assert not new - {*sys.stdlib_module_names, 'spo', 'packaging'}, new"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
@@ -80,8 +85,9 @@ def test_it_needs_the_standard_library_only():
 def test_the_webui_brings_everything_else_that_is_imported():
     # in the list of packages of a clean WebUI 1.10.1; k_diffusion is one of its repositories
     brought = {"torch", "numpy", "PIL", "safetensors", "transformers", "matplotlib", "tqdm", "yaml", "open_clip"}
+    brought |= {"packaging"}
     optional = {"bitsandbytes", "pyarrow"}
-    known = {*sys.stdlib_module_names, "spo", *brought, *optional, *WEBUI_ONLY, "k_diffusion", "peft", "diffusers"}
+    known = {*sys.stdlib_module_names, "spo", *brought, *optional, *WEBUI_ONLY, "peft", "diffusers"}
     for name, path in MODULES.items():
         tops = {module.split(".")[0] for module in imports(path)}
         assert tops <= known, name

@@ -30,8 +30,8 @@ class AxisOption:
 @pytest.fixture
 def plot(monkeypatch):
     """A WebUI's X/Y/Z module and LoRA list, as far as the axes look at them."""
-    files = {name: SimpleNamespace(metadata={"spo_run_id": "1"}) for name in MADE}
-    files["other"] = SimpleNamespace(metadata={})
+    files = {name: SimpleNamespace(filename=f"{name}.safetensors", metadata={"spo_run_id": "1"}) for name in MADE}
+    files["other"] = SimpleNamespace(filename="other.safetensors", metadata={})
     networks, modules, scripts = ModuleType("networks"), ModuleType("modules"), ModuleType("modules.scripts")
     networks.available_networks = files
     module = SimpleNamespace(__name__="xyz_grid.py", AxisOption=AxisOption, axis_options=[])

@@ -1,88 +1,157 @@
-"""Bodies of API requests: JSON of known fields, checked so strictly that nothing behind it meets a surprise."""
+"""Bodies of API requests: pydantic models, read from JSON so strictly that nothing behind it meets a surprise.
+
+What a training setting may be is told by the configuration alone, so `settings` is any object here, and config.py's
+own checks follow. Works with pydantic 1, which WebUI 1.10.1 pins, and 2.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union
 
-from spo.config import Setting
+from pydantic import BaseModel, Field, StrictBool, StrictFloat, StrictStr, conint, validator
+
+from spo.config import Setting, settings
 from spo.errors import SpoError, nearest
+from spo.webui.jobs.training import HOST_OWNED
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 8
 MAX_KEY = 100
-
-_KINDS = {"text": str, "number": float, "whole number": int, "flag": bool}
+_PYDANTIC_2 = hasattr(BaseModel, "model_json_schema")
 _JSON_TYPES = {str: "string", float: "number", int: "integer", bool: "boolean"}
-_SAID = {
-    "text": "a text",
+_ACCEPTED = {
+    "string": "a text",
     "number": "a number",
-    "whole number": "a whole number",
-    "flag": "true or false",
-    "settings": 'an object of "setting: value" pairs',
+    "integer": "a whole number",
+    "boolean": "true or false",
+    "object": 'an object of "setting: value" pairs',
 }
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    Whole: TypeAlias = int
+    Number: TypeAlias = float
+else:  # strict: true is not 1 and "1" is not 1; within what a float and a sampler can take
+    Whole = conint(strict=True, ge=-(2**63), le=2**63)
+    Number = Union[Whole, StrictFloat]  # noqa: UP007 - pydantic 1 reads it at run time
 
 
 class NotJSONError(SpoError):
     """The body is not JSON that is accepted here."""
 
 
-@dataclass(frozen=True)
-class Field:
-    """kind: text, number, whole number, flag or settings; many: a list of it. default None: must be given."""
+def own_settings() -> dict[str, Setting]:
+    """The training settings of this API: all but those that the WebUI owns."""
+    return {name: setting for name, setting in settings().items() if name not in HOST_OWNED}
 
-    kind: str
-    help: str
-    default: Any = None
-    many: bool = False
-    choices: tuple[str, ...] = ()
 
-    def checked(self, name: str, value: Any) -> Any:
-        """`value` in the field's type. Raises SpoError."""
-        accepted = f"a list, each {_SAID[self.kind]}" if self.many else _SAID[self.kind]
-        wrong = SpoError(f"{name} is {shown(value)}; it must be {accepted}.")
-        if self.many:
-            if not isinstance(value, list) or not all(self._fits(one) for one in value):
-                raise wrong
-        elif not self._fits(value):
-            raise wrong
-        if self.choices and value not in self.choices:
-            raise SpoError(f"{name} is {shown(value)}; accepted are {' and '.join(self.choices)}.")
+def settings_schema() -> dict[str, Any]:
+    """The JSON schema of each training setting by name."""
+    described: dict[str, Any] = {}
+    for setting in own_settings().values():
+        one: dict[str, Any] = (
+            {"type": "array", "items": {"type": "string"}}
+            if setting.kind is list
+            else {"type": _JSON_TYPES[setting.kind]}
+        )
+        one["description"] = setting.help
+        one["default"] = list(setting.default) if setting.kind is list else setting.default
+        for name, value in (("enum", list(setting.choices)), ("minimum", setting.low), ("maximum", setting.high)):
+            if value not in ([], None):
+                one[name] = value
+        described[setting.name] = one
+    return described
+
+
+def _field(text: str, default: Any = ..., **schema: Any) -> Any:
+    """A field with its description and, for /docs, more of its JSON schema."""
+    more: dict[str, Any] = ({"json_schema_extra": schema} if _PYDANTIC_2 else schema) if schema else {}
+    return Field(default, description=text, **more)
+
+
+class Body(BaseModel):
+    """A JSON object of known fields."""
+
+    class Config:
+        extra = "forbid"
+
+
+class Start(Body):
+    """Train a LoRA for the loaded checkpoint."""
+
+    name: StrictStr = _field("the LoRA's name; / stands for folders in the LoRA folder")
+    prompts: list[StrictStr] = _field("prompts to train on; none with resume", [])
+    preset: StrictStr = _field("a named group of settings; `settings` wins over it", "")
+    settings: dict[str, Any] = _field(
+        "as the command line's, by the same names; start_from is a LoRA's name here",
+        {},
+        properties=settings_schema(),
+        additionalProperties=False,
+    )
+    styles: list[StrictStr] = _field("the WebUI's styles, by name, put on every prompt", [])
+    resume: StrictBool = _field("go on with the run of that name, with its prompts and settings", False)
+
+    @validator("settings", pre=True)
+    def _an_object(cls, value: Any) -> Any:  # noqa: N805 - pydantic 1 makes a dict of a list
+        if not isinstance(value, dict):
+            raise ValueError("not an object")
         return value
 
-    def _fits(self, value: Any) -> bool:
-        if self.kind == "settings":
-            return isinstance(value, dict)
-        if isinstance(value, bool) or self.kind == "flag":
-            return isinstance(value, bool) and self.kind == "flag"
-        if self.kind == "number":
-            return isinstance(value, int | float) and abs(value) < 1e300
-        return isinstance(value, _KINDS[self.kind])
+
+class Stop(Body):
+    """End the current work."""
+
+    how: Literal["save", "now"] = _field("save: end after what is being done, with all saved; now: without", "save")
 
 
-def parse(body: bytes, fields: Mapping[str, Field]) -> dict[str, Any]:
-    """The fields of a body, with defaults. NotJSONError for what is no JSON object, SpoError for wrong fields."""
-    values = _json(body)
-    if not isinstance(values, dict):
-        raise NotJSONError(f"The body is {shown(values)}; it must be a JSON object.")
-    for name in values:
-        if name not in fields:
-            raise SpoError(f'"{name}" is not known{nearest(name, fields)}; accepted are {", ".join(fields)}.')
-    checked = {}
-    for name, wanted in fields.items():
-        if name in values:
-            checked[name] = wanted.checked(name, values[name])
-        elif wanted.default is None:
-            raise SpoError(f"{name} is missing; {wanted.help}.")
-        else:
-            checked[name] = wanted.default
-    return checked
+class Compare(Body):
+    """Make a grid: the base against LoRAs."""
+
+    prompts: list[StrictStr] = _field("prompts, a row each")
+    loras: list[StrictStr] = _field("names of LoRAs, as of runs and saved stages")
+    weights: list[Number] = _field("LoRA weights, a column each", [1.0])
+    seeds: list[Whole] = _field("seeds, a row each", [0])
+    preference: StrictStr = _field('a preference model for scores; "": none', "")
+    negative_prompt: StrictStr = _field("negative prompt", "")
+    sampler: StrictStr = _field("the WebUI's name of a sampler", "Euler a")
+    steps: Whole = _field("sampling steps", 20)
+    guidance_scale: Number = _field("CFG scale", 7.0)
+    width: Whole = _field("in pixels; 0: the checkpoint's own", 0)
+    height: Whole = _field("in pixels, likewise", 0)
 
 
-def _json(body: bytes) -> Any:
+def schema(model: type[Body]) -> dict[str, Any]:
+    """The JSON schema of a body."""
+    return dict(model.model_json_schema() if _PYDANTIC_2 else model.schema())
+
+
+def sentence(error: Mapping[str, Any], body: Any, model: type[Body]) -> str:
+    """One of pydantic's errors about a body as a sentence: what, which value, and what is accepted."""
+    if not isinstance(body, dict):
+        return f"The body is {shown(body)}; it must be a JSON object."
+    place = [part for part in error["loc"] if part != "body"]
+    properties = schema(model)["properties"]
+    name = str(place[0]) if place else ""
+    if name not in properties:
+        return f'"{name}" is not known{nearest(name, properties)}; accepted are {", ".join(properties)}.'
+    if name not in body:
+        return f"{name} is missing; {properties[name]['description']}."
+    if "enum" in properties[name]:
+        return f"{name} is {shown(body[name])}; accepted are {' and '.join(properties[name]['enum'])}."
+    return f"{name} is {shown(body[name])}; it must be {_accepted(properties[name])}."
+
+
+def _accepted(one: Mapping[str, Any]) -> str:
+    if "anyOf" in one:
+        return _accepted(one["anyOf"][-1])
+    return f"a list, each {_accepted(one['items'])}" if one["type"] == "array" else _ACCEPTED[one["type"]]
+
+
+def read_json(body: bytes) -> Any:
+    """The value of a JSON text: finite numbers, no key twice, MAX_DEPTH levels at most, real characters only."""
     try:
         value = json.loads(body, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_once)
     except RecursionError:
@@ -126,14 +195,14 @@ def _finite(text: str) -> float:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in pairs:
         if len(name) > MAX_KEY:
             raise ValueError(f'the key "{shortened(name, 40)}" is longer than {MAX_KEY} characters')
-        if name in found:
+        if name in values:
             raise ValueError(f'the key "{name}" is there twice')
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def shown(value: Any) -> str:
@@ -152,42 +221,3 @@ def shown(value: Any) -> str:
 def shortened(text: str, length: int = 400) -> str:
     """`text`, cut with ... where it is longer."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-def schema(fields: Mapping[str, Field], settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """The JSON schema of a body, for /docs."""
-    properties = {}
-    for name, wanted in fields.items():
-        one: dict[str, Any] = (
-            {"type": "object", "properties": settings_schema(settings), "additionalProperties": False}
-            if wanted.kind == "settings"
-            else {"type": _JSON_TYPES[_KINDS[wanted.kind]]}
-        )
-        if wanted.choices:
-            one["enum"] = list(wanted.choices)
-        described = {"type": "array", "items": one} if wanted.many else one
-        properties[name] = described | {"description": wanted.help}
-        if wanted.default is not None:
-            properties[name]["default"] = wanted.default
-    required = [name for name, wanted in fields.items() if wanted.default is None]
-    return {"type": "object", "properties": properties, "additionalProperties": False} | (
-        {"required": required} if required else {}
-    )
-
-
-def settings_schema(settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """The JSON schema of each setting by name."""
-    described: dict[str, Any] = {}
-    for setting in settings.values():
-        one: dict[str, Any] = (
-            {"type": "array", "items": {"type": "string"}}
-            if setting.kind is list
-            else {"type": _JSON_TYPES[setting.kind]}
-        )
-        one["description"] = setting.help
-        one["default"] = list(setting.default) if setting.kind is list else setting.default
-        for name, value in (("enum", list(setting.choices)), ("minimum", setting.low), ("maximum", setting.high)):
-            if value not in ([], None):
-                one[name] = value
-        described[setting.name] = one
-    return described

@@ -1,219 +1,203 @@
 """The routes /spo/v1/...: start, status, stop, runs, compare, settings.
 
 They are added to the WebUI's own app, behind --api-auth as its own are. A refusal is a 4xx whose JSON has one sentence
-in "detail". Everything that reads the disk or the model runs in a thread, never on the server's event loop.
+in "detail". Endpoints are plain functions, so FastAPI runs them in a thread, never on the server's event loop.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.concurrency import run_in_threadpool
+from fastapi import APIRouter, FastAPI, HTTPException, Request, Security
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from starlette.requests import ClientDisconnect
+from fastapi.routing import APIRoute
+from fastapi.security.http import HTTPBase
 
 from spo import config, presets
-from spo.config import Setting
 from spo.errors import SpoError, nearest
-from spo.webui import folders, runs
-from spo.webui.api.bodies import MAX_BYTES, Field, NotJSONError, parse, schema, settings_schema, shortened
-from spo.webui.jobs import job
+from spo.webui import a1111, folders, runs
+from spo.webui.api import bodies
+from spo.webui.api.bodies import MAX_BYTES, NotJSONError, shortened
+from spo.webui.jobs import comparison, job
 from spo.webui.jobs.training import HOST_OWNED, TrainingRequest, start_training
 
 ROOT = "/spo/v1"
 _READ_ON_BYTES = 16 * MAX_BYTES  # of a body that is too large, so that its sender gets to hear so
-
-_START = {
-    "name": Field("text", "the LoRA's name; / stands for folders in the LoRA folder"),
-    "prompts": Field("text", "prompts to train on; none with resume", [], many=True),
-    "preset": Field("text", "a named group of settings; `settings` wins over it", ""),
-    "settings": Field("settings", "as the command line's, by the same names; start_from is a LoRA's name here", {}),
-    "styles": Field("text", "the WebUI's styles, by name, put on every prompt", [], many=True),
-    "resume": Field("flag", "go on with the run of that name, with its prompts and settings", False),
-}
-_STOP = {
-    "how": Field(
-        "text", "save: end after what is being done, with all saved; now: without", "save", choices=("save", "now")
-    ),
-}
-_COMPARE = {
-    "prompts": Field("text", "prompts, a row each", many=True),
-    "loras": Field("text", "names of LoRAs, as of runs and saved stages", many=True),
-    "weights": Field("number", "LoRA weights, a column each", [1.0], many=True),
-    "seeds": Field("whole number", "seeds, a row each", [0], many=True),
-    "preference": Field("text", 'a preference model for scores; "": none', ""),
-    "negative_prompt": Field("text", "negative prompt", ""),
-    "sampler": Field("text", "the WebUI's name of a sampler", "Euler a"),
-    "steps": Field("whole number", "sampling steps", 20),
-    "guidance_scale": Field("number", "CFG scale", 7.0),
-    "width": Field("whole number", "in pixels; 0: the checkpoint's own", 0),
-    "height": Field("whole number", "in pixels, likewise", 0),
-}
-
-
-class _RefusalError(Exception):
-    """Answered with this status and sentence."""
-
-    def __init__(self, status: int, detail: str) -> None:
-        self.status, self.detail = status, detail
+# HTTP basic without reading the credentials: FastAPI's HTTPBasic reads ASCII only, and passwords have other letters
+_BASIC = HTTPBase(scheme="basic", scheme_name="HTTPBasic", auto_error=False)
 
 
 def add_routes(app: FastAPI) -> None:
     """Add the routes to the WebUI's app: at its start, and to the new app of each Reload UI."""
-    _add(app, "POST", "start", _start, "Train a LoRA for the loaded checkpoint", _START)
-    _add(app, "GET", "status", lambda values: status(job.current()), "What is going on, or the last work")
-    _add(app, "POST", "stop", _stop, "End the current work", _STOP)
-    _add(app, "GET", "runs", _runs, "Runs in the LoRA folder, newest first")
-    _add(app, "POST", "compare", _compare, "Make a grid: base against LoRAs", _COMPARE)
-    _add(app, "GET", "settings", _settings, "Settings of `start` with ranges, presets, preference models")
-
-
-def _add(
-    app: FastAPI,
-    method: str,
-    name: str,
-    answer: Callable[[dict[str, Any]], dict[str, Any]],
-    summary: str,
-    fields: Mapping[str, Field] | None = None,
-) -> None:
-    """A route that calls `answer` in a thread with the checked fields of the body (none: no body)."""
-
-    async def endpoint(request: Request) -> Response:
-        headers = {}
-        try:
-            _authorise(request.headers.get("authorization", ""))
-            body = b"" if fields is None else await _body(request)
-            return await run_in_threadpool(_answer, answer, body, fields)
-        except _RefusalError as refusal:
-            code, detail = refusal.status, refusal.detail
-            headers = {"WWW-Authenticate": "Basic"} if code == 401 else {}
-        except (SpoError, ClientDisconnect) as error:
-            code, detail = _status_of(error), str(error)
-        return _json({"detail": shortened(" ".join(detail.split()))}, code, headers)
-
-    from modules import shared
-
-    refusals = {401: "credentials of --api-auth are missing or wrong"} if shared.cmd_opts.api_auth else {}
-    extra: dict[str, Any] = {"security": [{"HTTPBasic": []}]} if shared.cmd_opts.api_auth else {}
-    if fields is not None:
-        refusals |= {
-            400: "the body is not JSON",
-            409: "other work is going on",
-            413: f"the body is larger than {MAX_BYTES} bytes",
-            415: "the content type is not application/json",
-            422: "something in the body cannot be used",
-        }
-        content = {"application/json": {"schema": schema(fields, _own_settings())}}
-        extra["requestBody"] = {"required": True, "content": content}
-    app.add_api_route(
-        f"{ROOT}/{name}",
-        endpoint,
-        methods=[method],
-        name=f"spo_{name}",
-        summary=summary,
+    router = APIRouter(
+        prefix=ROOT,
         tags=["SPO"],
-        responses={code: {"description": text} for code, text in refusals.items()},
-        openapi_extra=extra,
+        route_class=_Route,
+        default_response_class=_AsciiJSON,
+        dependencies=[Security(_BASIC)] if a1111.api_auth() else [],
     )
+    refusals = {401: "credentials of --api-auth are missing or wrong"} if a1111.api_auth() else {}
+    body_refusals = refusals | {
+        400: "the body is not JSON",
+        409: "other work is going on",
+        413: f"the body is larger than {MAX_BYTES} bytes",
+        415: "the content type is not application/json",
+        422: "something in the body cannot be used",
+    }
+
+    def add(method: str, name: str, endpoint: Callable[..., dict[str, Any]], summary: str) -> None:
+        texts = body_refusals if method == "POST" else refusals
+        router.add_api_route(
+            f"/{name}",
+            endpoint,
+            methods=[method],
+            name=f"spo_{name}",
+            summary=summary,
+            responses={code: {"description": text} for code, text in texts.items()},
+        )
+
+    add("POST", "start", start, "Train a LoRA for the loaded checkpoint")
+    add("GET", "status", current_status, "What is going on, or the last work")
+    add("POST", "stop", stop, "End the current work")
+    add("GET", "runs", list_runs, "Runs in the LoRA folder, newest first")
+    add("POST", "compare", compare, "Make a grid: base against LoRAs")
+    add("GET", "settings", list_settings, "Settings of `start` with ranges, presets, preference models")
+    app.include_router(router)
 
 
-def _answer(
-    answer: Callable[[dict[str, Any]], dict[str, Any]], body: bytes, fields: Mapping[str, Field] | None
-) -> Response:
-    return _json(answer({} if fields is None else parse(body, fields)))
-
-
-def _json(content: Any, code: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+class _AsciiJSON(Response):
     """ASCII, since file names need not be characters."""
-    return Response(json.dumps(content, allow_nan=False), code, dict(headers or {}), "application/json")
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False).encode("ascii")
 
 
-def _status_of(error: Exception) -> int:
-    if isinstance(error, job.BusyError):
-        return 409
-    return 400 if isinstance(error, NotJSONError | ClientDisconnect) else 422
+class _Route(APIRoute):
+    """Credentials first, then the body; every refusal as one sentence."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        endpoint = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            headers: Mapping[str, str] | None = None
+            try:
+                _authorise(await _BASIC(request))
+                return await endpoint(_StrictRequest(request.scope, request.receive))
+            except RequestValidationError as error:
+                body = getattr(error, "body", None)
+                code, detail = 422 if isinstance(body, dict) else 400, self._sentence(error, body)
+            except HTTPException as error:
+                code, detail, headers = error.status_code, str(error.detail), getattr(error, "headers", None)
+            except SpoError as error:
+                code, detail = _status_of(error), str(error)
+            return _AsciiJSON({"detail": shortened(" ".join(detail.split()))}, code, dict(headers or {}))
+
+        return handler
+
+    def _sentence(self, error: RequestValidationError, body: Any) -> str:
+        assert self.body_field is not None
+        return bodies.sentence(error.errors()[0], body, self.body_field.type_)
 
 
-def _authorise(header: str) -> None:
-    """Check "Basic ..." against --api-auth, in a time that does not tell how much of it was right."""
-    from modules import shared
+class _StrictRequest(Request):
+    """A request whose JSON is read strictly, and no further than is needed to refuse it."""
 
-    if not shared.cmd_opts.api_auth:
+    _content: bytes | None = None
+
+    async def body(self) -> bytes:
+        """The body, however it is sent. Its type must be JSON, which a page of another site cannot send unasked."""
+        if self._content is not None:
+            return self._content
+        kind = self.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise HTTPException(415, f'Content type is "{shortened(kind, 80)}"; it must be application/json.')
+        chunks, size = bytearray(), 0
+        async for chunk in self.stream():
+            size += len(chunk)
+            if size > _READ_ON_BYTES:
+                break
+            if size <= MAX_BYTES:
+                chunks += chunk
+        if size > MAX_BYTES:
+            raise HTTPException(413, f"The body is larger than {MAX_BYTES} bytes; give fewer or shorter prompts.")
+        self._content = bytes(chunks)
+        return self._content
+
+    async def json(self) -> Any:
+        """The value of the body."""
+        try:
+            return bodies.read_json(await self.body())
+        except NotJSONError as error:  # FastAPI lets its own errors through, and hides others
+            raise HTTPException(400, str(error)) from None
+
+
+def _status_of(error: SpoError) -> int:
+    return 409 if isinstance(error, job.BusyError) else 422
+
+
+def _authorise(given: Any) -> None:
+    """Check HTTP basic credentials against --api-auth, in a time that does not tell how much of them was right."""
+    if not a1111.api_auth():
         return
-    kind, _, code = header.strip().partition(" ")
-    try:
-        given = base64.b64decode(code.strip(), validate=True) if kind.lower() == "basic" else b""
-    except (binascii.Error, ValueError):
-        given = b""
-    pairs = [pair.strip() for pair in shared.cmd_opts.api_auth.split(",")]
+    code = given.credentials if given is not None and given.scheme.lower() == "basic" else ""
     # every pair is compared, so that the time does not tell which one it was
-    right = [secrets.compare_digest(given, pair.encode("utf-8", "surrogateescape")) for pair in pairs if ":" in pair]
+    right = [secrets.compare_digest(code.encode(), base64.b64encode(pair)) for pair in a1111.api_credentials()]
     if not any(right):
-        raise _RefusalError(401, "Give the user name and the password of --api-auth as HTTP basic credentials.")
+        raise HTTPException(
+            401,
+            "Give the user name and the password of --api-auth as HTTP basic credentials.",
+            {"WWW-Authenticate": "Basic"},
+        )
 
 
-async def _body(request: Request) -> bytes:
-    """The body, however it is sent. Its type must be JSON, which a page of another site cannot send unasked."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise _RefusalError(415, f'Content type is "{shortened(kind, 80)}"; it must be application/json.')
-    body, size = bytearray(), 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > _READ_ON_BYTES:
-            break
-        if size <= MAX_BYTES:
-            body += chunk
-    if size > MAX_BYTES:
-        raise _RefusalError(413, f"The body is larger than {MAX_BYTES} bytes; give fewer or shorter prompts.")
-    return bytes(body)
-
-
-def _own_settings() -> dict[str, Setting]:
-    return {name: setting for name, setting in config.settings().items() if name not in HOST_OWNED}
-
-
-def _start(values: dict[str, Any]) -> dict[str, Any]:
-    given = {**values["settings"]}
+def start(body: bodies.Start) -> dict[str, Any]:
+    """Start training; the answer is the status."""
+    given = dict(body.settings)
     for name in given:
         if name in HOST_OWNED:
             raise SpoError(f"{name} is not a setting here: it comes from {HOST_OWNED[name]}; leave it out.")
-    folders.lora_path(values["name"])
-    if values["resume"] and (values["prompts"] or values["styles"]):
+    folders.lora_path(body.name)
+    if body.resume and (body.prompts or body.styles):
         raise SpoError("A resumed run goes on with its own prompts; leave prompts and styles out.")
-    if values["preset"]:
-        given = {**presets.preset(values["preset"]).values, **given}
+    if body.preset:
+        given = {**presets.preset(body.preset).values, **given}
     config.build_config(given)
-    _check_styles(values["styles"])
+    _check_styles(body.styles)
     if "preference" in given:
         _check_preference(given["preference"])
     if given.get("start_from"):
         given["start_from"] = _lora_file(given["start_from"])
     _check_free()
-    _check_architecture(values["preset"])
-    request = TrainingRequest(values["name"], values["prompts"], given, values["styles"], values["resume"])
+    _check_architecture(body.preset)
+    request = TrainingRequest(body.name, body.prompts, given, body.styles, body.resume)
     return status(start_training(request))
 
 
-def _compare(values: dict[str, Any]) -> dict[str, Any]:
-    for name in values["loras"]:
+def compare(body: bodies.Compare) -> dict[str, Any]:
+    """Start a comparison; the answer is the status."""
+    for name in body.loras:
         folders.lora_path(name)
-    _check_preference(values["preference"])
+    _check_preference(body.preference)
     _check_free()
-    from spo.webui.jobs.comparison import CompareRequest, start_comparison
-
-    return status(start_comparison(CompareRequest(**values)))
+    return status(comparison.start_comparison(comparison.CompareRequest(**dict(body))))
 
 
-def _stop(values: dict[str, Any]) -> dict[str, Any]:
-    job.stop(values["how"])
+def stop(body: bodies.Stop) -> dict[str, Any]:
+    """End the current work; the answer is the status."""
+    job.stop(body.how)
+    return status(job.current())
+
+
+def current_status() -> dict[str, Any]:
+    """The current work, or the last one."""
     return status(job.current())
 
 
@@ -233,24 +217,13 @@ def _check_preference(name: str) -> None:
 
 def _check_styles(names: list[str]) -> None:
     for name in names:
-        if name not in (known := _style_names()):
+        if name not in (known := a1111.style_names()):
             raise SpoError(f'style "{name}" is not known{nearest(name, known)}.')
 
 
-def _style_names() -> list[str]:
-    """Without the headings that the WebUI keeps among them, which have no text."""
-    from modules import shared
-
-    return [name for name, style in shared.prompt_styles.styles.items() if style.prompt is not None]
-
-
 def _check_architecture(preset: str) -> None:
-    from modules import sd_models
-
-    from spo.webui.host import architecture_of
-
     wanted = presets.preset(preset).architecture if preset else ""
-    if wanted and wanted != architecture_of(sd_models.model_data.get_sd_model()):
+    if wanted and wanted != a1111.loaded_checkpoint().architecture:
         raise SpoError(f'preset "{preset}" is for another kind of checkpoint ({wanted}) than the one loaded.')
 
 
@@ -291,7 +264,8 @@ def _number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _runs(values: dict[str, Any]) -> dict[str, Any]:
+def list_runs() -> dict[str, Any]:
+    """What there is of runs."""
     return {"runs": [_run(name) for name in folders.run_names()]}
 
 
@@ -310,9 +284,9 @@ def _run(name: str) -> dict[str, Any]:
     }
 
 
-def _settings(values: dict[str, Any]) -> dict[str, Any]:
-    own = _own_settings()
-    described = settings_schema(own)
+def list_settings() -> dict[str, Any]:
+    """What `start` accepts."""
+    own, described = bodies.own_settings(), bodies.settings_schema()
     return {
         "settings": {name: {**described[name], "section": own[name].section} for name in own},
         "presets": {
@@ -325,5 +299,5 @@ def _settings(values: dict[str, Any]) -> dict[str, Any]:
             for preset in presets.NAMED.values()
         },
         "preferences": folders.preference_choices(),
-        "styles": _style_names(),
+        "styles": a1111.style_names(),
     }

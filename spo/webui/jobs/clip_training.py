@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import NATIVE_SIZE_PX, build_config
 from spo.errors import SpoError
-from spo.webui import folders
-from spo.webui.host import architecture_of, borrowed
+from spo.webui import a1111, folders
+from spo.webui.host import borrowed
 from spo.webui.jobs.job import Job, start
 from spo.webui.jobs.voting import votes_folder
 
@@ -42,7 +42,7 @@ def start_clip_training(request: ClipRequest) -> Job:
     from spo.preference.clip.pair_data import open_pairs
     from spo.training.clip import PRESETS, ClipTraining, check_output
 
-    architecture = _architecture()
+    architecture = a1111.loaded_checkpoint().architecture
     votes_folder(request.name)  # the same rule for names
     if not request.pairs.strip():
         raise SpoError("The labelled pairs are missing; give the path of a folder or of parquet files.")
@@ -64,8 +64,6 @@ def start_clip_training(request: ClipRequest) -> Job:
 
 
 def _train(job: Job, request: ClipRequest, settings: ClipTraining, source: Any) -> None:
-    from modules import shared
-
     from spo.preference.clip.accuracy import accuracy_curves, accuracy_table
     from spo.preference.load import load
     from spo.progress import Watcher
@@ -79,9 +77,9 @@ def _train(job: Job, request: ClipRequest, settings: ClipTraining, source: Any) 
         "output": str(settings.output),
         "width": settings.width,
         "height": settings.height,
-        "clip_skip": int(shared.opts.CLIP_stop_at_last_layers),
+        "clip_skip": a1111.clip_skip(),
     }
-    with borrowed(build_config(values, _architecture())) as host:
+    with borrowed(build_config(values, a1111.loaded_checkpoint().architecture)) as host:
         clip = starting_model(Path(folders.preference_path(request.start)), settings.seed)
         labeller = None
         if request.labels_from:
@@ -93,8 +91,7 @@ def _train(job: Job, request: ClipRequest, settings: ClipTraining, source: Any) 
         def progress(now: Progress) -> None:
             job.fraction, job.eta_s, job.step = now.fraction, now.eta_s, now.step
             job.version += 1
-            shared.state.job_count, shared.state.job_no = 1000, round(now.fraction * 999)
-            shared.state.textinfo = f"update {now.step} of {settings.steps}"
+            a1111.show_progress(now.fraction, f"update {now.step} of {settings.steps}", now.eta_s)
 
         watcher = Watcher(progress=progress, should_stop=job.asked_to_stop, log=job.say)
         report = train_clip(clip, host, source, settings, watcher, labeller=labeller, resume=request.resume)
@@ -108,9 +105,3 @@ def _train(job: Job, request: ClipRequest, settings: ClipTraining, source: Any) 
     else:
         job.phase = "stopped"
         job.say(f"Stopped after {report.steps} updates; the same settings with Go on continue.")
-
-
-def _architecture() -> str:
-    from modules import sd_models
-
-    return architecture_of(sd_models.model_data.get_sd_model())

@@ -10,16 +10,17 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from spo.config import NATIVE_SIZE_PX
 from spo.errors import SpoError, nearest
 from spo.lora.read import check_matches, read_lora
 from spo.report.grids import grid
 from spo.report.tables import score_table
-from spo.webui import cards, folders
-from spo.webui.host import architecture_of, users_state_kept
+from spo.webui import a1111, folders
+from spo.webui.a1111 import Checkpoint, PictureRequest, Pictures
 from spo.webui.jobs.job import Job, start
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 MAX_PICTURES = 400
 MAX_WEIGHT = 10.0
-_SIDE_PX = {"sd15": 512, "sdxl": 1024}
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,12 @@ class _Column:
 
 @dataclass(frozen=True)
 class _Plan:
-    """A request that has been checked; rows are (prompt, seed), checkpoint is the WebUI's record of the loaded one."""
+    """A request that has been checked; rows are (prompt, seed)."""
 
     request: CompareRequest
     rows: list[tuple[str, int]]
     columns: list[_Column]
-    architecture: str
-    checkpoint: Any
+    checkpoint: Checkpoint
     width: int
     height: int
     preference: str
@@ -98,10 +97,7 @@ def start_comparison(request: CompareRequest) -> Job:
 
 
 def _prepare(request: CompareRequest) -> _Plan:
-    from modules import sd_models
-
-    model = sd_models.model_data.get_sd_model()
-    architecture = architecture_of(model)
+    checkpoint = a1111.loaded_checkpoint()
     prompts = list(dict.fromkeys(text.strip() for text in request.prompts if text.strip()))
     if not prompts:
         raise SpoError("There are no prompts to compare on; write some, one a line.")
@@ -117,7 +113,7 @@ def _prepare(request: CompareRequest) -> _Plan:
         )
     _check_sampling(request)
     for path in paths:
-        check_matches(read_lora(path), model.model.diffusion_model, "ldm", architecture)
+        check_matches(read_lora(path), checkpoint.network, "ldm", checkpoint.architecture)
         _check_known_to_prompts(path)
         for prompt in prompts:
             if path.stem in _loras_named(prompt):
@@ -131,10 +127,9 @@ def _prepare(request: CompareRequest) -> _Plan:
         request=request,
         rows=[(prompt, seed) for prompt in prompts for seed in seeds],
         columns=columns,
-        architecture=architecture,
-        checkpoint=model.sd_checkpoint_info,
-        width=_side("width", request.width, architecture),
-        height=_side("height", request.height, architecture),
+        checkpoint=checkpoint,
+        width=_side("width", request.width, checkpoint.architecture),
+        height=_side("height", request.height, checkpoint.architecture),
         preference=_preference(request.preference),
     )
 
@@ -158,10 +153,8 @@ def _seeds(seeds: Sequence[int]) -> list[int]:
 
 
 def _check_sampling(request: CompareRequest) -> None:
-    from modules import sd_samplers
-
-    if request.sampler not in sd_samplers.all_samplers_map:
-        known = list(sd_samplers.all_samplers_map)
+    known = a1111.sampler_names(hidden_too=True)
+    if request.sampler not in known:
         raise SpoError(f'sampler "{request.sampler}" is not known{nearest(request.sampler, known)}.')
     if not 1 <= request.steps <= 150:
         raise SpoError(f"steps {request.steps} cannot be used; give 1 to 150.")
@@ -172,14 +165,14 @@ def _check_sampling(request: CompareRequest) -> None:
 def _side(name: str, px: int, architecture: str) -> int:
     if px and (px % 8 or not 64 <= px <= 4096):
         raise SpoError(f"{name} {px} cannot be used; give a multiple of 8 from 64 to 4096, or 0 for the usual size.")
-    return px or _SIDE_PX[architecture]
+    return px or NATIVE_SIZE_PX[architecture]
 
 
 def _preference(name: str) -> str:
     path = folders.preference_path(name.strip())
     if path and path != "demo" and not Path(path).is_file():
-        told = nearest(name, folders.preference_choices())
-        raise SpoError(f'There is no preference model "{name}" in {folders.preference_folder()}{told}.')
+        hint = nearest(name, folders.preference_choices())
+        raise SpoError(f'There is no preference model "{name}" in {folders.preference_folder()}{hint}.')
     return path
 
 
@@ -191,27 +184,25 @@ def _lora_path(name: str) -> Path:
     if wanted in files:
         return files[wanted]
     if not same_stem:
-        raise SpoError(f'There is no LoRA "{name}" in {folders.lora_folder()}{nearest(wanted, files)}.')
+        raise SpoError(f'There is no LoRA "{name}" in {a1111.lora_folder()}{nearest(wanted, files)}.')
     return same_stem[0]
 
 
 def _check_known_to_prompts(path: Path) -> None:
     """SpoError unless `<lora:STEM:1>` in a prompt means this file and no other."""
-    import sys
-
-    networks: Any = sys.modules.get("networks")
-    if networks is None:
+    loras = a1111.known_loras()
+    if loras is None:
         raise SpoError("The WebUI's own Lora extension is switched off; switch it on and restart to compare LoRAs.")
     if re.search(r"[:<>]", path.stem):
         raise SpoError(f'"{path.name}" cannot be named in a prompt because of its : < or >; rename the file.')
-    same_stem = sorted(p for p in folders.lora_folder().rglob("*") if p.stem == path.stem and _is_lora_file(p))
+    same_stem = sorted(p for p in a1111.lora_folder().rglob("*") if p.stem == path.stem and _is_lora_file(p))
     if len(same_stem) > 1:
-        named = " and ".join(str(p.relative_to(folders.lora_folder())) for p in same_stem)
+        named = " and ".join(str(p.relative_to(a1111.lora_folder())) for p in same_stem)
         raise SpoError(f"Prompts cannot tell {named} apart, as the WebUI goes by the file's name alone; rename one.")
-    if path.stem not in networks.available_networks:
-        cards.refresh_loras()
-    known = networks.available_networks.get(path.stem)
-    if known is None or not path.samefile(known.filename):
+    if path.stem not in loras:
+        a1111.refresh_loras()
+        loras = a1111.known_loras() or {}
+    if path.stem not in loras or not path.samefile(loras[path.stem].file):
         raise SpoError(f'The WebUI\'s Lora extension does not find "{path.name}"; refresh its tab, or rename the file.')
 
 
@@ -220,31 +211,29 @@ def _is_lora_file(path: Path) -> bool:
 
 
 def _loras_named(prompt: str) -> set[str]:
-    from modules import extra_networks
-
-    return {one.items[0] for one in extra_networks.parse_prompt(prompt)[1]["lora"] if one.items}
+    return {network.split(":")[1].rstrip(">") for network in a1111.networks_of(prompt) if network.startswith("<lora:")}
 
 
 # ---------------------------------------------------------------------------------------------------- the work itself
 
 
 def _compare(job: Job, plan: _Plan) -> None:
-    from modules import shared
-
     from spo.preference.load import load
 
-    if _switched(plan):
+    checkpoint = a1111.loaded_checkpoint()
+    if checkpoint.info is not plan.checkpoint.info:
         raise SpoError("The checkpoint was changed while this comparison waited in the queue; start it again.")
+    plan = replace(plan, checkpoint=checkpoint)
     preference: PreferenceModel | None = None
     if plan.preference:
         job.say(f"Loading the preference model {Path(plan.preference).name} ...")
-        preference = load(plan.preference, device=shared.device, architecture=plan.architecture)
+        preference = load(plan.preference, device=a1111.device(), architecture=plan.checkpoint.architecture)
     if job.asked_to_stop():
         job.phase = "stopped"
         return job.say("Stopped before the first picture.")
     job.phase = "working"
     job.say(f"Making {plan.pictures} pictures.")
-    with users_state_kept():
+    with a1111.users_state_kept():
         results = _make_pictures(job, plan, preference)
     if not results.pictures:
         job.phase = "stopped"
@@ -264,33 +253,22 @@ def _compare(job: Job, plan: _Plan) -> None:
     job.say(f"Done: {done}.")
 
 
-def _switched(plan: _Plan) -> bool:
-    from modules import sd_models
-
-    model = sd_models.model_data.sd_model
-    return model is None or model.sd_checkpoint_info is not plan.checkpoint
-
-
 def _make_pictures(job: Job, plan: _Plan, preference: PreferenceModel | None) -> _Results:
     """Column by column, since it is changing a LoRA or its weight that costs the WebUI time."""
-    from modules import shared
-
-    results = _Results()
-    shared.state.time_start = began = time.time()
+    results, began = _Results(), time.time()
     for number, column in enumerate(plan.columns):
         for row, (prompt, seed) in enumerate(plan.rows):
             if job.asked_to_stop():
                 results.ended_early = "Stopped"
                 return results
             done = number * len(plan.rows) + row
-            shared.state.job_count, shared.state.job_no = plan.pictures, done
-            shared.state.textinfo = f"picture {done + 1} of {plan.pictures}, {column.label}"
+            a1111.show_progress(job.fraction, f"picture {done + 1} of {plan.pictures}, {column.label}", job.eta_s)
             made = _make_picture(plan, f"{prompt} {column.tag}".rstrip(), seed)
-            if _switched(plan):
+            if not a1111.is_loaded(plan.checkpoint):
                 results.ended_early = "The checkpoint was switched, so the comparison ended"
                 return results
             if made is not None:
-                results.pictures[row, number] = made.picture
+                results.pictures[row, number] = made.images[0]
                 results.infotext = results.infotext or made.infotext
                 if preference is not None:
                     results.scores[row, number] = _score(preference, made, prompt)
@@ -301,51 +279,23 @@ def _make_pictures(job: Job, plan: _Plan, preference: PreferenceModel | None) ->
     return results
 
 
-@dataclass(frozen=True)
-class _Made:
-    """picture: as the WebUI shows it; latents [1, 4, h, w]: what it was decoded from; infotext: with our notes."""
-
-    picture: Image
-    latents: Tensor
-    infotext: str
-
-
-def _make_picture(plan: _Plan, prompt: str, seed: int) -> _Made | None:
+def _make_picture(plan: _Plan, prompt: str, seed: int) -> Pictures | None:
     """One ordinary picture, or None where the user skipped or interrupted it."""
-    from modules import processing, shared
-
-    class WithLatents(processing.StableDiffusionProcessingTxt2Img):
-        def sample(self, *args: Any, **kwargs: Any) -> Any:
-            self.final_latents = super().sample(*args, **kwargs)
-            return self.final_latents
-
     request = plan.request
-    p = WithLatents(
-        sd_model=shared.sd_model,
-        prompt=prompt,
-        negative_prompt=request.negative_prompt,
-        seed=seed,
-        steps=request.steps,
-        cfg_scale=request.guidance_scale,
-        width=plan.width,
-        height=plan.height,
-        sampler_name=request.sampler,
-        scheduler="Automatic",
-        do_not_save_samples=True,
-        do_not_save_grid=True,
+    made = a1111.txt2img(
+        PictureRequest(
+            [prompt],
+            [seed],
+            request.negative_prompt,
+            request.steps,
+            request.guidance_scale,
+            plan.width,
+            plan.height,
+            sampler=request.sampler,
+            notes=_notes(plan),
+        )
     )
-    try:
-        done = processing.process_images(p)
-        cut_short = shared.state.interrupted or shared.state.skipped
-        shared.state.skipped = False
-        if cut_short or not done.images:
-            return None
-        p.extra_generation_params |= _notes(plan)
-        p.prompts = p.all_prompts
-        infotext = processing.create_infotext(p, p.all_prompts, p.all_seeds, p.all_subseeds)
-        return _Made(done.images[0], p.final_latents.detach(), infotext)
-    finally:
-        p.close()
+    return None if made.interrupted or made.skipped or not made.images else made
 
 
 def _notes(plan: _Plan) -> dict[str, str]:
@@ -355,23 +305,23 @@ def _notes(plan: _Plan) -> dict[str, str]:
     return notes | ({"SPO preference": Path(plan.preference).name} if plan.preference else {})
 
 
-def _score(preference: PreferenceModel, made: _Made, prompt: str) -> float:
+def _score(preference: PreferenceModel, made: Pictures, prompt: str) -> float:
     """Of a finished picture, for the prompt without the networks that it names."""
     import numpy as np
     import torch
-    from modules import extra_networks
 
     from spo.algorithm.preference import Candidates
 
-    latents = made.latents.float()
+    assert made.latents is not None
+    latents = made.latents.detach().float()
 
     def decoded(_: Tensor) -> Tensor:
-        pixels = torch.from_numpy(np.array(made.picture.convert("RGB"))).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(made.images[0].convert("RGB"))).permute(2, 0, 1)
         return pixels[None].to(latents.device).float() / 127.5 - 1
 
     pool = Candidates(latents[None], 0.0, 0.0, latents[None], decoded)
     with torch.no_grad():
-        score = float(preference.score(pool, [extra_networks.parse_prompt(prompt)[0].strip()])[0, 0])
+        score = float(preference.score(pool, [a1111.prompt_text(prompt).strip()])[0, 0])
     if not math.isfinite(score):
         raise SpoError(f'The preference model "{preference.name}" gave a score that is not finite.')
     return score
@@ -379,8 +329,6 @@ def _score(preference: PreferenceModel, made: _Made, prompt: str) -> float:
 
 def _save(plan: _Plan, results: _Results) -> Path:
     """Draw the grid and save it where the WebUI's txt2img grids go, under a new name."""
-    from modules import images, shared
-
     rows, columns = range(len(plan.rows)), range(len(plan.columns))
     scored = {place: f"{score:.2f}" for place, score in results.scores.items()}
     sheet = grid(
@@ -390,15 +338,4 @@ def _save(plan: _Plan, results: _Results) -> Path:
         [[scored.get((row, column), "") for column in columns] for row in rows] if scored else None,
     )
     prompt, seed = plan.rows[0]
-    path, _ = images.save_image(
-        sheet,
-        shared.opts.outdir_grids or shared.opts.outdir_txt2img_grids,
-        "spo-compare",
-        seed=seed,
-        prompt=prompt,
-        extension=shared.opts.grid_format,
-        info=results.infotext,
-        short_filename=True,
-        grid=True,
-    )
-    return Path(path).absolute()
+    return a1111.save_grid(sheet, prompt, seed, results.infotext)

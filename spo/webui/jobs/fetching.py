@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from spo.webui import folders
-from spo.webui.host import architecture_of
+from spo.webui import a1111, folders
 from spo.webui.jobs.job import Job, start
 
 if TYPE_CHECKING:
@@ -14,12 +13,9 @@ if TYPE_CHECKING:
 
 def published() -> RemoteFile:
     """The published model for the loaded checkpoint, with its size. Offline, the SpoError says where to put it."""
-    from modules import sd_models
-
     from spo.preference.download import find_published
 
-    folder = folders.preference_folder()
-    return find_published(architecture_of(sd_models.model_data.get_sd_model()), folder=folder)
+    return find_published(a1111.loaded_checkpoint().architecture, folder=folders.preference_folder())
 
 
 def start_fetching() -> Job:

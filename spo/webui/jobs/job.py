@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spo.errors import SpoError
+from spo.webui import a1111
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,7 +48,7 @@ class Job:
 
     phase      waiting (in the queue), loading, working; then finished, stopped or failed. `shown_phase` says
                "stopping" while a stop is wanted
-    kind       "training" or "comparison"; name: the LoRA's or the grid's
+    kind       "training", "preference training", "comparison" or "download"; name: the LoRA's or the grid's
     fraction   0 ... 1; eta_s None until known
     message    one sentence for the user; log: what happened on the way
     rows       of metrics so far; pool: the last one shown; picture: newest sample grid or the comparison's
@@ -88,11 +89,9 @@ class Job:
 
     def asked_to_stop(self) -> bool:
         """Whether to save and end now. Raises Abandoned when it shall end without saving."""
-        from modules import shared
-
         if self.stop_wanted == "now":
             raise Abandoned
-        return bool(self.stop_wanted) or shared.state.interrupted or shared.state.stopping_generation
+        return bool(self.stop_wanted) or a1111.interrupted()
 
     def take_sample_wish(self) -> bool:
         """Whether pictures are wanted, once for each wish."""
@@ -117,15 +116,11 @@ def start(kind: str, name: str, work: Callable[[Job], None], *, queued: bool = T
     queued  off: it does not touch the checkpoint, so generation need not wait for it
     """
     global _current, _thread
-    from modules import progress
-
     with _lock:
         if _thread is not None and _thread.is_alive():
             assert _current is not None
             raise BusyError(f'"{_current.name}" is still going on; stop it or wait for its end.')
-        job = Job(kind, name, progress.create_task_id("spo"))
-        if queued:
-            progress.add_task_to_queue(job.task)
+        job = Job(kind, name, a1111.new_task("spo", queued=queued))
         _current = job
         run = _run_queued if queued else _run
         _thread = threading.Thread(target=run, args=(job, work), name=f"spo {kind}", daemon=True)
@@ -157,26 +152,13 @@ def end(timeout_s: float = 120.0) -> None:
 
 
 def _run_queued(job: Job, work: Callable[[Job], None]) -> None:
-    from modules import call_queue, devices, progress, shared
-
-    with call_queue.queue_lock:
-        shared.state.begin(job=job.task)
-        progress.start_task(job.task)
-        try:
-            _run(job, work)
-        finally:
-            progress.finish_task(job.task)
-            shared.state.end()
-            shared.state.interrupted = shared.state.skipped = shared.state.stopping_generation = False
-            shared.state.textinfo = None
-            devices.torch_gc()
-            job.version += 1
+    with a1111.in_queue(job.task, job.task):
+        _run(job, work)
+    job.version += 1
 
 
 def _run(job: Job, work: Callable[[Job], None]) -> None:
     """Do the work; however it ends, the job says so."""
-    from modules import errors
-
     try:
         if job.stop_wanted:
             raise Abandoned
@@ -193,4 +175,4 @@ def _run(job: Job, work: Callable[[Job], None]) -> None:
     except BaseException as error:  # the WebUI's InterruptedException is not an Exception
         job.phase = "failed"
         job.say(f"{type(error).__name__}: {error}. The details are in the WebUI's console.")
-        errors.report(f"SPO: {job.kind} of {job.name} failed", exc_info=True)
+        a1111.report(f"SPO: {job.kind} of {job.name} failed")

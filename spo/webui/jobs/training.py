@@ -16,8 +16,8 @@ from spo.progress import Progress, Watcher
 from spo.prompts import read_prompts
 from spo.report.curves import curves
 from spo.training.loop import TrainingReport, check_output, stages, train
-from spo.webui import cards, folders, runs
-from spo.webui.host import architecture_of, borrowed
+from spo.webui import a1111, cards, folders, runs
+from spo.webui.host import borrowed
 from spo.webui.jobs.job import Job, PoolPictures, start
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ HOST_OWNED = {
     "run_folder": "the LoRA name",
     "prompts": "the prompts given",
 }
-SHOWN_PX = 192
+POOL_PX = 192
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,8 @@ class Prepared:
 
 def prepare(request: TrainingRequest) -> Prepared:
     """Check everything that can be checked without loading anything. Raises SpoError; nothing is touched."""
-    from modules import sd_models, shared
-
-    model = sd_models.model_data.get_sd_model()
-    architecture = architecture_of(model)
+    checkpoint = a1111.loaded_checkpoint()
+    architecture = checkpoint.architecture
     path = folders.lora_path(request.name)
     for name in request.settings:
         if name in HOST_OWNED:
@@ -83,22 +81,21 @@ def prepare(request: TrainingRequest) -> Prepared:
         prompts = read_prompts(folder / "prompts.json")
     else:
         styles = list(request.styles)
-        prompts = [shared.prompt_styles.apply_styles_to_prompt(text, styles) for text in prompts]
+        prompts = [a1111.with_styles(text, styles) for text in prompts]
         if not isinstance(values.get("negative_prompt", ""), str):
             raise SpoError(f"negative_prompt is {values['negative_prompt']!r}; it must be a text.")
-        negative = shared.prompt_styles.apply_negative_styles_to_prompt(values.get("negative_prompt", ""), styles)
-        values["negative_prompt"] = negative
+        values["negative_prompt"] = a1111.with_styles(values.get("negative_prompt", ""), styles, negative=True)
     if not prompts:
         raise SpoError("There are no prompts; write some, one a line, choose a file, or take the bundled list.")
     values["preference"] = folders.preference_path(str(values.get("preference", "") or ""))
     if not values["preference"]:
         raise SpoError(f"No preference model is chosen; put one into {folders.preference_folder()} and choose it.")
     values |= {
-        "checkpoint": model.sd_checkpoint_info.filename,
+        "checkpoint": str(checkpoint.file),
         "prompts": str(folders.run_folder(request.name) / "prompts.json"),
         "output": str(path),
         "run_folder": str(folders.run_folder(request.name)),
-        "clip_skip": int(shared.opts.CLIP_stop_at_last_layers),
+        "clip_skip": a1111.clip_skip(),
         "device": "auto",
         "precision": "auto",
         "vae": "",
@@ -140,7 +137,7 @@ def _train(job: Job, prepared: Prepared, resume: bool) -> None:
         if host.architecture != prepared.architecture:
             raise SpoError("The checkpoint was changed while this run waited in the queue; press Start again.")
         job.asked_to_stop()
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as doubts:
             warnings.simplefilter("always", UserWarning)
             preference = load(
                 config.preference.preference,
@@ -148,7 +145,7 @@ def _train(job: Job, prepared: Prepared, resume: bool) -> None:
                 dtype=_dtype(config.preference.preference_precision),
                 architecture=host.architecture,
             )
-        for warning in told:
+        for warning in doubts:
             job.say(str(warning.message))
         if config.preference.small_decode and preference.needs_pixels:
             preference = SmallDecode(preference, job.say)
@@ -157,11 +154,11 @@ def _train(job: Job, prepared: Prepared, resume: bool) -> None:
         job.say(f"Training {job.name} on {host.checkpoint_name}.")
         report = train(host, config, prepared.prompts, preference, _watcher(job, host, preference), resume=resume)
     curves(report.run_folder / "metrics.csv", report.run_folder / "curves.png")
-    cards.refresh_loras()
-    _tell_end(job, config, report)
+    a1111.refresh_loras()
+    _say_end(job, config, report)
 
 
-def _tell_end(job: Job, config: Config, report: TrainingReport) -> None:
+def _say_end(job: Job, config: Config, report: TrainingReport) -> None:
     job.output = report.output
     if report.output is None:
         job.phase = "finished" if report.finished else "stopped"
@@ -187,9 +184,6 @@ def _dtype(name: str) -> Any:
 
 
 def _watcher(job: Job, host: WebUIHost, preference: PreferenceModel) -> Watcher:
-    from modules import shared
-
-    shown = _PoolShown(job, host, preference)
     folder = Path(host.config.run.run_folder)
     job.rows.extend(runs.metrics(folder))
 
@@ -200,42 +194,36 @@ def _watcher(job: Job, host: WebUIHost, preference: PreferenceModel) -> Watcher:
         samples = sorted((folder / "samples").glob("step*.png"))
         job.picture = samples[-1] if samples else None
         job.version += 1
-        _show_in_bar(job, shared.state)
+        _show_in_bar(job)
 
     return Watcher(
         progress=progress,
         should_stop=job.asked_to_stop,
         sample_now=job.take_sample_wish,
-        verdict=shown,
+        verdict=_PoolWatch(job, host, preference),
         log=job.say,
         saved=lambda path: _saved(job, host, path),
     )
 
 
-def _show_in_bar(job: Job, state: Any) -> None:
-    """The WebUI's progress bar, whose time left is what it makes of the fraction and the start."""
-    known = job.fraction >= 0.01  # before that its time left would be far off
-    state.job_count, state.job_no = (1000, round(job.fraction * 999)) if known else (0, 0)
-    if job.eta_s is not None and job.fraction > 0:
-        state.time_start = time.time() - job.eta_s * job.fraction / (1 - job.fraction + 1e-9)
-    state.textinfo = f"{job.shown_phase}, update {job.step}"
+def _show_in_bar(job: Job) -> None:
+    a1111.show_progress(job.fraction, f"{job.shown_phase}, update {job.step}", job.eta_s)
 
 
 def _saved(job: Job, host: WebUIHost, path: Path) -> None:
-    from modules import errors, shared
-
-    shared.state.interrupted = shared.state.stopping_generation = False  # or there would be no preview
+    a1111.clear_interruption()  # or there would be no preview
     try:
         cards.write_card(host, path)
     except Exception as error:  # a LoRA without a preview is better than a run that ends for want of one
-        errors.report(f"SPO: no card for {path.name}", exc_info=True)
+        a1111.report(f"SPO: no card for {path.name}")
         job.say(f"{path.name} has no preview picture ({type(error).__name__}).")
-    cards.drop_cards_without_lora(stages_of=Path(host.config.run.output), kept=stages(Path(host.config.run.output)))
-    cards.refresh_loras()
+    output = Path(host.config.run.output)
+    cards.drop_cards_without_lora(stages_of=output, left=stages(output))
+    a1111.refresh_loras()
     job.say(f"Saved {folders.lora_name(path)}.")
 
 
-class _PoolShown:
+class _PoolWatch:
     """Turns now and then a verdict into pictures for the page, for at most a twentieth of the time, if any looks."""
 
     def __init__(self, job: Job, host: WebUIHost, preference: PreferenceModel) -> None:
@@ -243,9 +231,7 @@ class _PoolShown:
         self.next_s = 0.0
 
     def __call__(self, verdict: PoolVerdict) -> None:
-        from modules import shared
-
-        _show_in_bar(self.job, shared.state)
+        _show_in_bar(self.job)
         began = time.monotonic()
         if began < self.next_s or time.time() - self.job.looked_at_s > 10:
             return
@@ -265,7 +251,7 @@ class _PoolShown:
         )
         pictures = [to_picture(candidate.float().cpu()) for candidate in pixels]
         for picture in pictures:
-            picture.thumbnail((SHOWN_PX, SHOWN_PX))
+            picture.thumbnail((POOL_PX, POOL_PX))
         choice = verdict.selection
         return PoolPictures(
             pictures=pictures,

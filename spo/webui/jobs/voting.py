@@ -18,8 +18,8 @@ import torch
 from spo.config import Config, build_config
 from spo.errors import SpoError
 from spo.rng import permutation, stable_seed
-from spo.webui import folders
-from spo.webui.host import architecture_of, borrowed
+from spo.webui import a1111, folders
+from spo.webui.host import borrowed
 from spo.webui.jobs import job
 
 if TYPE_CHECKING:
@@ -146,36 +146,28 @@ class Session:
                     self.message = ""
 
     def _report_failure(self, error: Exception) -> None:
-        from modules import errors
-
         if not isinstance(error, SpoError):
-            errors.report("SPO: making pairs failed", exc_info=True)
+            a1111.report("SPO: making pairs failed")
         self.message = f"{error} Voting has ended; the votes are kept."
         self.ended = True
 
     def _make_pairs(self, count: int) -> list[VotePair]:
-        from modules import call_queue, shared
-
         from spo.training.vote_pairs import make_pairs
 
-        with call_queue.queue_lock:
+        with a1111.in_queue("SPO voting"):
             if self.ended:
                 return []
-            shared.state.begin(job="SPO voting")
-            try:
-                with borrowed(self.config) as host:
-                    host.prepare(list(self.request.prompts))
-                    chosen = [self._position(self._made + n) for n in range(count)]
-                    self._made += count
-                    return make_pairs(
-                        host,
-                        [prompt for prompt, _ in chosen],
-                        [seed for _, seed in chosen],
-                        self.request.from_step,
-                        self.config.rollout.eta,
-                    )
-            finally:
-                shared.state.end()
+            with borrowed(self.config) as host:
+                host.prepare(list(self.request.prompts))
+                chosen = [self._position(self._made + n) for n in range(count)]
+                self._made += count
+                return make_pairs(
+                    host,
+                    [prompt for prompt, _ in chosen],
+                    [seed for _, seed in chosen],
+                    self.request.from_step,
+                    self.config.rollout.eta,
+                )
 
     def _position(self, index: int) -> tuple[str, int]:
         """Prompt and seed of pair number `index`: all prompts in turn, in another order each time round."""
@@ -238,15 +230,10 @@ def start(request: VotingRequest) -> Session:
 
 def _config(name: str, values: dict[str, Any]) -> Config:
     """Sampling settings on the loaded checkpoint; nothing is trained, so the rest is for form's sake."""
-    from modules import sd_models, shared
-
-    model = sd_models.model_data.get_sd_model()
+    checkpoint = a1111.loaded_checkpoint()
     unused = {"prompts": name, "output": f"{name}.safetensors", "preference": "none"}
-    fixed = {
-        "checkpoint": getattr(getattr(model, "sd_checkpoint_info", None), "filename", ""),
-        "clip_skip": int(shared.opts.CLIP_stop_at_last_layers),
-    }
-    return build_config({**unused, **fixed, **values}, architecture_of(model))
+    fixed = {"checkpoint": str(checkpoint.file), "clip_skip": a1111.clip_skip()}
+    return build_config({**unused, **fixed, **values}, checkpoint.architecture)
 
 
 def end(timeout_s: float = 120.0) -> None:
@@ -262,8 +249,6 @@ def add_pictures(folder: str, prompt: str, left: Image, right: Image, answer: st
 
     left, right  pictures with sides that are multiples of 8 pixels, taken to latents by the loaded checkpoint's VAE
     """
-    from modules import call_queue
-
     from spo.preference.taste.votes import VoteFolder, VotePair
 
     if left.size != right.size or any(side % 8 for side in left.size):
@@ -275,7 +260,7 @@ def add_pictures(folder: str, prompt: str, left: Image, right: Image, answer: st
         raise SpoError("The pictures' prompt is missing; write it.")
     config = _config("own pictures", {"width": left.width, "height": left.height})
     pixels = torch.stack([_pixels(left), _pixels(right)])
-    with call_queue.queue_lock, borrowed(config) as host:
+    with a1111.in_queue("SPO voting"), borrowed(config) as host:
         latents = host.encode(pixels.to(host.device)).float().cpu()
         pair = VotePair(
             prompt.strip(), latents, pixels, 0, 0, -1, host.architecture, host.checkpoint_name, host.checkpoint_hash

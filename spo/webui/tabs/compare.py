@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import gradio as gr
 
 from spo.errors import SpoError
-from spo.webui import folders
+from spo.webui import a1111, folders
 from spo.webui.jobs import job
 from spo.webui.jobs.comparison import CompareRequest, start_comparison
 from spo.webui.tabs import page
@@ -30,18 +30,13 @@ class CompareFields:
 
 def build() -> CompareFields:
     """The tab's contents; call inside its TabItem."""
-    from modules import sd_samplers
-    from modules.ui_common import create_refresh_button
-
     with gr.Row():
         with gr.Column(scale=4, min_width=360):
             with gr.Row():
                 loras = gr.Dropdown(
                     folders.lora_names(), label="LoRAs and stages", multiselect=True, elem_id="spo_compare_loras"
                 )
-                create_refresh_button(
-                    loras, lambda: None, lambda: {"choices": folders.lora_names()}, "spo_compare_refresh"
-                )
+                a1111.refresh_button(loras, folders.lora_names, "spo_compare_refresh")
             prompts = gr.Textbox(label="Prompts, one a line", lines=4, max_lines=12, elem_id="spo_compare_prompts")
             negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="spo_compare_negative")
             with gr.Row():
@@ -56,7 +51,7 @@ def build() -> CompareFields:
                     elem_id="spo_compare_preference",
                 )
                 sampler = gr.Dropdown(
-                    [sampler.name for sampler in sd_samplers.visible_samplers()],
+                    a1111.sampler_names(),
                     value="Euler a",
                     label="Sampling method",
                     elem_id="spo_compare_sampler",

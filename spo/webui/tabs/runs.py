@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from spo.errors import SpoError
-from spo.webui import folders, runs
+from spo.webui import a1111, folders, runs
 from spo.webui.jobs import job
 from spo.webui.jobs.training import TrainingRequest, start_training
 from spo.webui.tabs import page
@@ -15,13 +15,11 @@ from spo.webui.tabs import page
 
 def build() -> None:
     """The tab's contents; call inside its TabItem."""
-    from modules.ui_common import create_refresh_button
-
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             with gr.Row():
                 chosen = gr.Dropdown(folders.run_names(), label="Run", elem_id="spo_run")
-                create_refresh_button(chosen, lambda: None, lambda: {"choices": folders.run_names()}, "spo_run_refresh")
+                a1111.refresh_button(chosen, folders.run_names, "spo_run_refresh")
             with gr.Row():
                 steps = gr.Number(0, precision=0, label="Updates in all", info="0: as before.", elem_id="spo_run_steps")
                 resume = gr.Button("Resume", variant="primary", elem_id="spo_resume")

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 from spo.errors import SpoError
-from spo.webui import folders
+from spo.webui import a1111, folders
 from spo.webui.jobs import clip_training, voting
 from spo.webui.tabs import page
 
@@ -124,24 +124,25 @@ def build() -> None:
     stop.click(_end, [], [shown])
     for given, button in buttons.items():
         button.click(_vote(given), [seen], [shown], _js="spo_vote_seen", show_progress="hidden")
-    undo.click(_shown(_undo), [], [shown], show_progress="hidden")
+    undo.click(_with_errors(_undo), [], [shown], show_progress="hidden")
     refresh.click(_pair, [], [shown], queue=False, show_progress="hidden")
-    fit.click(_shown(_fit), [folder, name, beside], [fitted])
+    fit.click(_with_errors(_fit), [folder, name, beside], [fitted])
     for picture in own:
         picture.upload(_prompt_of, [picture, own_prompt], [own_prompt])
     for given, button in own_buttons.items():
-        button.click(_shown(_own(given)), [folder, own_prompt, *own], [own_said])
+        button.click(_with_errors(_own(given)), [folder, own_prompt, *own], [own_said])
     look.click(_earlier, [folder], [earlier])
     earlier.change(_show_vote, [folder, earlier], [pictures, answer])
-    change.click(_shown(_change), [folder, earlier, answer], [said])
+    change.click(_with_errors(_change), [folder, earlier, answer], [said])
     clip_asked = [clip_name, pairs, begin, labels, updates, at_once, sums, rate, side]
     for button, resume in ((clip_start, False), (clip_resume, True)):
-        button.click(_shown(_clip(resume)), clip_asked, [clip_said]).then(None, [], [], _js="() => spo_refresh_now()")
+        begun = button.click(_with_errors(_clip(resume)), clip_asked, [clip_said])
+        begun.then(None, [], [], _js="() => spo_refresh_now()")
     export.click(_export, [folder], [exported, said])
-    upload.upload(_shown(_import), [folder, upload], [said])
+    upload.upload(_with_errors(_import), [folder, upload], [said])
 
 
-def _shown(work: Callable[..., str]) -> Callable[..., str]:
+def _with_errors(work: Callable[..., str]) -> Callable[..., str]:
     def answer(*given: Any) -> str:
         try:
             return work(*given)
@@ -204,14 +205,14 @@ def _pair() -> str:
         return '<div class="spo-vote" data-ready="1" data-pair="">Choose prompts and press Start voting.</div>'
     counts = session.votes.counts()
     pair = session.shown
-    told = (
+    below = (
         f"<p><b>{counts.left + counts.right} votes</b>, {counts.tie} ties, {counts.skip} skipped. "
         f"{html.escape(session.message)}</p>"
     )
     if session.fitting:
-        told += "<p>Fitting to your votes ...</p>"
+        below += "<p>Fitting to your votes ...</p>"
     elif session.report is not None:
-        told += f'<pre class="spo-table">{html.escape(session.report.text())}</pre>'
+        below += f'<pre class="spo-table">{html.escape(session.report.text())}</pre>'
     ready = pair is not None or session.ended
     inside = ""
     if pair is not None:
@@ -226,7 +227,7 @@ def _pair() -> str:
         inside = "<p>The next pair is being made ...</p>"
     return (
         f'<div class="spo-vote" data-ready="{int(ready and not session.fitting)}" '
-        f'data-pair="{pair.id if pair is not None else ""}" data-time="{time.time():.0f}">{inside}{told}</div>'
+        f'data-pair="{pair.id if pair is not None else ""}" data-time="{time.time():.0f}">{inside}{below}</div>'
     )
 
 
@@ -257,12 +258,7 @@ def _fit(folder: str, name: str, beside: list[str] | None) -> str:
 
 def _prompt_of(picture: Any, written: str) -> str:
     """The prompt in a picture's infotext, unless one is written already."""
-    from modules import images, infotext_utils
-
-    if picture is None or written:
-        return written
-    infotext, _ = images.read_info_from_image(picture)
-    return str(infotext_utils.parse_generation_parameters(infotext).get("Prompt", "")) if infotext else ""
+    return written if picture is None or written else a1111.prompt_of_picture(picture)
 
 
 def _own(answer: str) -> Callable[..., str]:
