@@ -543,8 +543,8 @@ def sampler_names(*, hidden_too: bool = False) -> list[str]:
     """The WebUI's samplers: those it shows, or all."""
     from modules import sd_samplers
 
-    shown = sd_samplers.all_samplers if hidden_too else sd_samplers.visible_samplers()
-    return [sampler.name for sampler in shown]
+    samplers = sd_samplers.all_samplers if hidden_too else sd_samplers.visible_samplers()
+    return [sampler.name for sampler in samplers]
 
 
 def save_grid(picture: Image, prompt: str, seed: int, infotext: str) -> Path:
@@ -610,12 +610,12 @@ def _active_networks() -> list[Callable[[], None]]:
     """What makes the hypernetworks and LoRAs of now active again, at their multipliers; weights follow when used."""
     from modules import shared
 
-    def keeper(active: list[Any]) -> Callable[[], None]:
-        noted = [(network, dict(vars(network))) for network in active]
+    def reactivation(active: list[Any]) -> Callable[[], None]:
+        before = [(network, dict(vars(network))) for network in active]
 
         def put_back() -> None:
-            active[:] = [network for network, _ in noted]
-            for network, values in noted:
+            active[:] = [network for network, _ in before]
+            for network, values in before:
                 vars(network).update(
                     {key: value for key, value in values.items() if "multiplier" in key or key == "dyn_dim"}
                 )
@@ -623,7 +623,7 @@ def _active_networks() -> list[Callable[[], None]]:
         return put_back
 
     lora = _lora_extension()
-    return [keeper(active) for active in (shared.loaded_hypernetworks, getattr(lora, "loaded_networks", []))]
+    return [reactivation(active) for active in (shared.loaded_hypernetworks, getattr(lora, "loaded_networks", []))]
 
 
 # ----------------------------------------------------------------------------------------------- queue and progress bar

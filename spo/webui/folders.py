@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from spo.errors import SpoError
+from spo.preference.load import BUNDLED, describe_preference, list_preference_models
 from spo.webui import a1111
 
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
@@ -72,11 +73,11 @@ def run_folder(name: str) -> Path:
 
 def run_names() -> list[str]:
     """LoRA names that have a run folder, newest first."""
-    place, found = preference_folder() / "runs", []
+    place, runs = preference_folder() / "runs", []
     for path in place.rglob("*.spo/config.json"):
         with suppress(FileNotFoundError):  # deleted meanwhile
-            found.append((path.stat().st_mtime, path.parent.relative_to(place).as_posix().removesuffix(".spo")))
-    return [name for _, name in sorted(found, reverse=True)]
+            runs.append((path.stat().st_mtime, path.parent.relative_to(place).as_posix().removesuffix(".spo")))
+    return [name for _, name in sorted(runs, reverse=True)]
 
 
 def lora_names() -> list[str]:
@@ -88,16 +89,14 @@ def lora_names() -> list[str]:
 
 def preference_choices() -> list[str]:
     """Names of preference models: "demo", then what models/SPO holds."""
-    from spo.preference.load import list_preference_models
 
     folder = preference_folder()
-    found = list_preference_models(folder).models if folder.exists() else ()
-    return ["demo", *(info.path.name for info in found)]
+    models = list_preference_models(folder).models if folder.exists() else ()
+    return ["demo", *(info.path.name for info in models)]
 
 
 def preference_text(name: str, architecture: str) -> str:
     """What the page says of a preference model of that name, with warnings for the loaded checkpoint."""
-    from spo.preference.load import BUNDLED, describe_preference
 
     if not name:
         return ""

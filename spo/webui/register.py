@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from spo.webui import a1111, xyz
+from spo.webui.api import routes
+from spo.webui.jobs import job, voting
+from spo.webui.tabs import tab
+
 
 def register() -> None:
     """Tab, axes, routes; and the end of our threads before a reload."""
-    from spo.webui import a1111, xyz
-    from spo.webui.jobs import job, voting
-    from spo.webui.tabs import tab
 
     a1111.on_start(before_page=xyz.add_axes, tabs=tab.tabs, app=_add_routes, ends=(job.end, voting.end))
 
 
 def _add_routes(app: Any) -> None:
-    from spo.webui import a1111
-    from spo.webui.api import routes  # FastAPI, which only the WebUI has
 
     if a1111.api_wanted():
         routes.add_routes(app)

@@ -49,8 +49,7 @@ def one_run(kind, chance, name, monkeypatch):
     """Start a run that ends in a fault of this kind, wait for its end; its job."""
     from modules import shared
 
-    import spo.preference.load
-    from spo.webui.jobs import job
+    from spo.webui.jobs import job, training
     from spo.webui.jobs.training import TrainingRequest, start_training
 
     calls = chance.randint(1, 12)
@@ -65,7 +64,7 @@ def one_run(kind, chance, name, monkeypatch):
     }
     preference = Faulty(calls, faults[kind])
     with monkeypatch.context() as patch:
-        patch.setattr(spo.preference.load, "load", lambda *args, **kwargs: preference)
+        patch.setattr(training, "load", lambda *args, **kwargs: preference)
         if kind == "optimizer":
             updates = chance.randint(1, 3)
 

@@ -1,6 +1,6 @@
 """Bodies of API requests: pydantic models, read from JSON so strictly that nothing behind it meets a surprise.
 
-What a training setting may be is told by the configuration alone, so `settings` is any object here, and config.py's
+What a training setting may be is said by the configuration alone, so `settings` is any object here, and config.py's
 own checks follow. Works with pydantic 1, which WebUI 1.10.1 pins, and 2.
 """
 
@@ -131,7 +131,7 @@ def schema(model: type[Body]) -> dict[str, Any]:
 def sentence(error: Mapping[str, Any], body: Any, model: type[Body]) -> str:
     """One of pydantic's errors about a body as a sentence: what, which value, and what is accepted."""
     if not isinstance(body, dict):
-        return f"The body is {shown(body)}; it must be a JSON object."
+        return f"The body is {in_words(body)}; it must be a JSON object."
     place = [part for part in error["loc"] if part != "body"]
     properties = schema(model)["properties"]
     name = str(place[0]) if place else ""
@@ -140,8 +140,8 @@ def sentence(error: Mapping[str, Any], body: Any, model: type[Body]) -> str:
     if name not in body:
         return f"{name} is missing; {properties[name]['description']}."
     if "enum" in properties[name]:
-        return f"{name} is {shown(body[name])}; accepted are {' and '.join(properties[name]['enum'])}."
-    return f"{name} is {shown(body[name])}; it must be {_accepted(properties[name])}."
+        return f"{name} is {in_words(body[name])}; accepted are {' and '.join(properties[name]['enum'])}."
+    return f"{name} is {in_words(body[name])}; it must be {_accepted(properties[name])}."
 
 
 def _accepted(one: Mapping[str, Any]) -> str:
@@ -205,7 +205,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def shown(value: Any) -> str:
+def in_words(value: Any) -> str:
     """A value for a sentence: short, whatever it is."""
     if value is None:
         return "null"

@@ -11,7 +11,7 @@ import json
 import math
 import secrets
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Security
 from fastapi.exceptions import RequestValidationError
@@ -103,8 +103,7 @@ class _Route(APIRoute):
         return handler
 
     def _sentence(self, error: RequestValidationError, body: Any) -> str:
-        assert self.body_field is not None
-        return bodies.sentence(error.errors()[0], body, self.body_field.type_)
+        return bodies.sentence(error.errors()[0], body, get_type_hints(self.endpoint)["body"])
 
 
 class _StrictRequest(Request):

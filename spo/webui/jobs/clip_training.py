@@ -8,6 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import NATIVE_SIZE_PX, build_config
 from spo.errors import SpoError
+from spo.preference.clip.accuracy import accuracy_curves, accuracy_table
+from spo.preference.clip.pair_data import open_pairs
+from spo.preference.load import load
+from spo.progress import Watcher
+from spo.training.clip import PRESETS, ClipTraining, check_output, starting_model, train_clip
 from spo.webui import a1111, folders
 from spo.webui.host import borrowed
 from spo.webui.jobs.job import Job, start
@@ -39,8 +44,6 @@ class ClipRequest:
 
 def start_clip_training(request: ClipRequest) -> Job:
     """Check the request, then train in the WebUI's queue. Raises SpoError at once for what cannot work."""
-    from spo.preference.clip.pair_data import open_pairs
-    from spo.training.clip import PRESETS, ClipTraining, check_output
 
     architecture = a1111.loaded_checkpoint().architecture
     votes_folder(request.name)  # the same rule for names
@@ -64,10 +67,6 @@ def start_clip_training(request: ClipRequest) -> Job:
 
 
 def _train(job: Job, request: ClipRequest, settings: ClipTraining, source: Any) -> None:
-    from spo.preference.clip.accuracy import accuracy_curves, accuracy_table
-    from spo.preference.load import load
-    from spo.progress import Watcher
-    from spo.training.clip import starting_model, train_clip
 
     job.say("Loading the model to start from ...")
     values = {

@@ -14,9 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spo.algorithm.preference import Candidates
 from spo.config import NATIVE_SIZE_PX
 from spo.errors import SpoError, nearest
 from spo.lora.read import check_matches, read_lora
+from spo.preference.load import load
 from spo.report.grids import grid
 from spo.report.tables import score_table
 from spo.webui import a1111, folders
@@ -218,7 +220,6 @@ def _loras_named(prompt: str) -> set[str]:
 
 
 def _compare(job: Job, plan: _Plan) -> None:
-    from spo.preference.load import load
 
     checkpoint = a1111.loaded_checkpoint()
     if checkpoint.info is not plan.checkpoint.info:
@@ -309,8 +310,6 @@ def _score(preference: PreferenceModel, made: Pictures, prompt: str) -> float:
     """Of a finished picture, for the prompt without the networks that it names."""
     import numpy as np
     import torch
-
-    from spo.algorithm.preference import Candidates
 
     assert made.latents is not None
     latents = made.latents.detach().float()

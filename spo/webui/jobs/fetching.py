@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from spo.preference.download import download, find_published
 from spo.webui import a1111, folders
 from spo.webui.jobs.job import Job, start
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
 
 def published() -> RemoteFile:
     """The published model for the loaded checkpoint, with its size. Offline, the SpoError says where to put it."""
-    from spo.preference.download import find_published
 
     return find_published(a1111.loaded_checkpoint().architecture, folder=folders.preference_folder())
 
@@ -25,7 +25,6 @@ def start_fetching() -> Job:
 
 
 def _fetch(job: Job, remote: RemoteFile) -> None:
-    from spo.preference.download import download
 
     def progress(done: int, total: int) -> None:
         job.fraction = done / total

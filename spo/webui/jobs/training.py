@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.algorithm.rollout import PoolVerdict
+from spo.checkpoint.inspect import inspect_checkpoint
 from spo.config import Config, build_config, read_config_file
 from spo.errors import SpoError
+from spo.headless.plan import make_plan
+from spo.images import to_picture
+from spo.preference.load import load
+from spo.preference.small_decode import SmallDecode
 from spo.progress import Progress, Watcher
 from spo.prompts import read_prompts
 from spo.report.curves import curves
@@ -109,8 +114,6 @@ def prepare(request: TrainingRequest) -> Prepared:
 
 def plan_text(request: TrainingRequest) -> str:
     """What the run will do, in a few lines. Raises SpoError as `prepare`."""
-    from spo.checkpoint.inspect import inspect_checkpoint
-    from spo.headless.plan import make_plan
 
     prepared = prepare(request)
     checkpoint = inspect_checkpoint(Path(prepared.config.model.checkpoint))
@@ -128,8 +131,6 @@ def start_training(request: TrainingRequest) -> Job:
 
 
 def _train(job: Job, prepared: Prepared, resume: bool) -> None:
-    from spo.preference.load import load
-    from spo.preference.small_decode import SmallDecode
 
     config = prepared.config
     job.say(f"Loading the preference model {Path(config.preference.preference).name} ...")
@@ -241,7 +242,6 @@ class _PoolWatch:
         self.next_s = now + 20 * (now - began)
 
     def _pictures(self, verdict: PoolVerdict) -> PoolPictures:
-        from spo.images import to_picture
 
         one = 0  # the first image of the batch
         pixels: Tensor = (

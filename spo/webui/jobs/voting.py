@@ -14,26 +14,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from spo.config import Config, build_config
 from spo.errors import SpoError
+from spo.files import exists_already
+from spo.preference.load import load
+from spo.preference.taste.fit import FitReport, accuracy_of, fit_taste, read_vote_set
+from spo.preference.taste.head import TasteHead, choose_pair, save_taste
+from spo.preference.taste.votes import Vote, VoteFolder, VotePair
 from spo.rng import permutation, stable_seed
+from spo.training.vote_pairs import make_pairs
 from spo.webui import a1111, folders
 from spo.webui.host import borrowed
 from spo.webui.jobs import job
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-    from torch import Tensor
-
-    from spo.preference.taste.fit import FitReport
-    from spo.preference.taste.head import TasteHead
-    from spo.preference.taste.votes import Vote, VotePair
 
 READY = 6  # pairs made ahead, from which the one that teaches most is taken
 FIT_EVERY = 25
 FIRST_FIT = 50
-KEPT_PAST = 20  # pairs that can be shown again by undo; all votes stay on disk
+UNDO_DEPTH = 20  # pairs that come back by undo; all votes stay on disk
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,14 @@ def votes_folder(name: str) -> Path:
 class Session:
     """One user's voting. Methods are called by the page; `_work` by the thread.
 
-    shown     the pair to vote on, None while none is ready; ready: made ahead; past: the last ones voted on
+    pair      to vote on, None while none is ready; ready: made ahead; past: the last ones voted on
     message   one sentence for the user; report: of the last fit
     """
 
     request: VotingRequest
     config: Config
     message: str = "Making the first pair ..."
-    shown: VotePair | None = None
+    pair: VotePair | None = None
     ready: list[VotePair] = field(default_factory=list)
     past: list[VotePair] = field(default_factory=list)
     head: TasteHead | None = None
@@ -80,8 +82,6 @@ class Session:
     _wake: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
-        from spo.preference.taste.votes import VoteFolder
-
         self.votes = VoteFolder(votes_folder(self.request.folder))
         self.seed = stable_seed("voting", self.request.folder, time.time_ns())
 
@@ -90,11 +90,11 @@ class Session:
     def answer(self, answer: str) -> None:
         """Record the vote on the pair that is shown and show the next one. SpoError when none is shown."""
         with self._wake:
-            if self.shown is None:
+            if self.pair is None:
                 raise SpoError("There is no pair to vote on yet; one moment.")
-            self.votes.add(self.shown, answer)
-            self.past = [*self.past[1 - KEPT_PAST :], self.shown]
-            self.shown, self.message = None, ""
+            self.votes.add(self.pair, answer)
+            self.past = [*self.past[1 - UNDO_DEPTH :], self.pair]
+            self.pair, self.message = None, ""
             self._show_next()
             self._wake.notify_all()
         count = sum(1 for vote in self.votes.votes() if vote.answer != "skip")
@@ -110,9 +110,9 @@ class Session:
                 raise SpoError("There is no vote to take back.")
             self.message = f'Taken back: "{undone.prompt}".'
             if self.past and self.past[-1].id == undone.id:
-                if self.shown is not None:
-                    self.ready.insert(0, self.shown)
-                self.shown = self.past.pop()
+                if self.pair is not None:
+                    self.ready.insert(0, self.pair)
+                self.pair = self.past.pop()
 
     def end(self) -> None:
         with self._wake:
@@ -122,11 +122,9 @@ class Session:
     # ---- the threads' side
 
     def _show_next(self) -> None:
-        from spo.preference.taste.head import choose_pair
-
-        if self.shown is None and self.ready:
+        if self.pair is None and self.ready:
             at = choose_pair(self.head, [pair.latents for pair in self.ready], seed=self._made)
-            self.shown = self.ready.pop(at)
+            self.pair = self.ready.pop(at)
 
     def _work(self) -> None:
         while True:
@@ -135,7 +133,7 @@ class Session:
                 if self.ended:
                     return
             try:
-                made = self._make_pairs(1 if self.shown is None else 2)
+                made = self._make_pairs(1 if self.pair is None else 2)
             except Exception as error:  # the thread's edge: it reaches the user as the message
                 self._report_failure(error)
                 return
@@ -148,12 +146,10 @@ class Session:
     def _report_failure(self, error: Exception) -> None:
         if not isinstance(error, SpoError):
             a1111.report("SPO: making pairs failed")
-        self.message = f"{error} Voting has ended; the votes are kept."
+        self.message = f"{error} Voting has ended; the votes are on disk."
         self.ended = True
 
     def _make_pairs(self, count: int) -> list[VotePair]:
-        from spo.training.vote_pairs import make_pairs
-
         with a1111.in_queue("SPO voting"):
             if self.ended:
                 return []
@@ -177,14 +173,17 @@ class Session:
         return prompts[order[within]], stable_seed(self.seed, index) % 2**32
 
     def _fit(self) -> None:
-        from spo.preference.taste.fit import fit_taste, read_vote_set
-
         try:
             fitted = fit_taste(read_vote_set(self.votes), name=self.request.folder)
-            self.head, self.report = fitted.head, fitted.report
-            self.message = ""
+            self.head, self.report, self.message = fitted.head, fitted.report, ""
         except SpoError as error:
             self.message = str(error)
+        except Exception as error:  # the thread's edge: it reaches the user as the message, and voting goes on
+            a1111.report("SPO: fitting to the votes failed")
+            self.message = (
+                f"Fitting to your votes failed ({type(error).__name__}: {error}); the votes are on disk, voting goes "
+                "on, and the details are in the WebUI's console."
+            )
         finally:
             self.fitting = False
 
@@ -249,8 +248,6 @@ def add_pictures(folder: str, prompt: str, left: Image, right: Image, answer: st
 
     left, right  pictures with sides that are multiples of 8 pixels, taken to latents by the loaded checkpoint's VAE
     """
-    from spo.preference.taste.votes import VoteFolder, VotePair
-
     if left.size != right.size or any(side % 8 for side in left.size):
         raise SpoError(
             f"The pictures are {left.width} x {left.height} and {right.width} x {right.height} pixels; two of the same "
@@ -278,14 +275,8 @@ def _pixels(picture: Image) -> Tensor:
 def fit(folder: str, name: str, beside: Sequence[str] = ()) -> str:
     """Fit a taste head to the votes and save it in models/SPO as NAME.safetensors; a text about it. SpoError.
 
-    beside  other preference models whose accuracy on the same votes is shown
+    beside  other preference models whose accuracy on the same votes is compared
     """
-    from spo.files import exists_already
-    from spo.preference.load import load
-    from spo.preference.taste.fit import accuracy_of, fit_taste, read_vote_set
-    from spo.preference.taste.head import save_taste
-    from spo.preference.taste.votes import VoteFolder
-
     votes_folder(name)  # the same rule for names
     path = folders.preference_folder() / f"{name.strip()}.safetensors"
     if path.exists():

@@ -12,7 +12,7 @@ from spo.errors import SpoError
 from spo.presets import preset
 from spo.webui.jobs.training import HOST_OWNED
 
-# shown above "Advanced" by the tab itself
+# above "Advanced", by the tab itself
 _IN_FRONT = {"preference", "negative_prompt", "steps"}
 _NOT_HERE = {*HOST_OWNED, "replace"}
 _LABELS = {
@@ -46,8 +46,8 @@ _SECTIONS = {
 
 def names() -> list[str]:
     """The settings of the form in the order of its fields; those in front come first."""
-    shown = [name for name in settings() if name not in _NOT_HERE]
-    return sorted(shown, key=lambda name: name not in _IN_FRONT)
+    listed = [name for name in settings() if name not in _NOT_HERE]
+    return sorted(listed, key=lambda name: name not in _IN_FRONT)
 
 
 def advanced_fields() -> dict[str, Any]:
@@ -75,7 +75,7 @@ def _field(setting: Setting) -> Any:
         "info": setting.help[:1].upper() + setting.help[1:] + ".",
         "elem_id": f"spo_{setting.name}",
     }
-    value = shown_value(setting, setting.default)
+    value = field_value(setting, setting.default)
     if setting.kind is bool:
         return gr.Checkbox(value=value, **common)
     if setting.choices:
@@ -85,7 +85,7 @@ def _field(setting: Setting) -> Any:
     return gr.Textbox(value=value, lines=3 if setting.name.endswith("prompts") else 1, **common)
 
 
-def shown_value(setting: Setting, value: Any) -> Any:
+def field_value(setting: Setting, value: Any) -> Any:
     """As a field shows it: lists by commas, prompts by lines."""
     return _separator(setting).join(value) if setting.kind is list else value
 
@@ -96,27 +96,27 @@ def _separator(setting: Setting) -> str:
 
 def preset_values(name: str) -> list[Any]:
     """What the fields show under a preset, in the order of `names`; what is no matter of presets stays as it is."""
-    kept = {"negative_prompt", "sample_prompts", *(() if name == "demo" else ("preference",))}
+    untouched = {"negative_prompt", "sample_prompts", *(() if name == "demo" else ("preference",))}
     values = {"preference": "demo", **preset(name).values}
-    return [gr.update() if n in kept else v for n, v in zip(names(), shown_values(values), strict=True)]
+    return [gr.update() if n in untouched else v for n, v in zip(names(), field_values(values), strict=True)]
 
 
-def shown_values(values: Mapping[str, Any]) -> list[Any]:
+def field_values(values: Mapping[str, Any]) -> list[Any]:
     """What the fields show for `values`, with defaults for the rest."""
     known = settings()
-    return [shown_value(known[name], values.get(name, known[name].default)) for name in names()]
+    return [field_value(known[name], values.get(name, known[name].default)) for name in names()]
 
 
-def read(values: Sequence[Any]) -> dict[str, Any]:
+def read(fields: Sequence[Any]) -> dict[str, Any]:
     """Settings from the fields, in the order of `names`. SpoError for an empty number."""
-    read: dict[str, Any] = {}
-    for name, value in zip(names(), values, strict=True):
+    values: dict[str, Any] = {}
+    for name, value in zip(names(), fields, strict=True):
         setting = settings()[name]
         if setting.kind is list:
             parts = str(value or "").split(_separator(setting).strip(" "))
-            read[name] = [part.strip() for part in parts if part.strip()]
+            values[name] = [part.strip() for part in parts if part.strip()]
         elif value is None and setting.kind in (int, float):
             raise SpoError(f"{label(name)} is empty; give a number (usually {setting.default:g}).")
         else:
-            read[name] = "" if value is None else value
-    return read
+            values[name] = "" if value is None else value
+    return values

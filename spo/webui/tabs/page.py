@@ -140,9 +140,9 @@ def _pool(pool: PoolPictures) -> str:
             f'<figure class="{classes}"><img alt="candidate {number + 1}: {", ".join(marks) or "neither"}" '
             f'src="{uri(picture)}"><figcaption>{score:.2f}<span>{" · ".join(marks)}</span></figcaption></figure>'
         )
-    kept = "kept as a pair" if pool.kept else "too close, not kept"
+    verdict = "kept as a pair" if pool.kept else "too close, not kept"
     return (
-        f'<div class="spo-pool"><h4>Pool at step {pool.step + 1}, timestep {pool.timestep}: {kept}</h4>'
+        f'<div class="spo-pool"><h4>Pool at step {pool.step + 1}, timestep {pool.timestep}: {verdict}</h4>'
         f'<div class="spo-row">{"".join(cells)}</div><p>{html.escape(pool.prompt)}</p></div>'
     )
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import gradio as gr
 
+from spo.demo.install import install_demo
 from spo.errors import SpoError
 from spo.presets import NAMED
+from spo.prompts import read_prompts
 from spo.webui import a1111, folders, runs, saved_settings
 from spo.webui.jobs import fetching, job
 from spo.webui.jobs.training import TrainingRequest, plan_text, start_training
+from spo.webui.packages import missing, missing_text
 from spo.webui.tabs import form, page
 
 _NO_DEMO = "New here? A small demo checkpoint lets you try everything in a few minutes, without a download."
@@ -214,7 +217,6 @@ def _about_preference(name: str | None) -> str:
 
 
 def _prompts_of_file(file: Any) -> tuple[Any, str]:
-    from spo.prompts import read_prompts
 
     if file is None:
         return gr.update(), ""
@@ -237,13 +239,12 @@ def _load_settings(name: str | None) -> list[Any]:
     if not name:
         return ["", *nothing]
     try:
-        return [page.note(f"Settings of {name} loaded."), *form.shown_values(saved_settings.load(name))]
+        return [page.note(f"Settings of {name} loaded."), *form.field_values(saved_settings.load(name))]
     except SpoError as error:
         return [page.error(str(error)), *nothing]
 
 
 def _install_demo() -> str:
-    from spo.demo.install import install_demo
 
     try:
         installed = install_demo(a1111.models_folder(), a1111.checkpoint_folder())
@@ -257,7 +258,6 @@ def _install_demo() -> str:
 
 
 def _missing() -> str:
-    from spo.webui.packages import missing, missing_text
 
     lacking = missing()
     return page.error(missing_text(lacking)) if lacking else ""

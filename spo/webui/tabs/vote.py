@@ -11,13 +11,16 @@ from typing import Any
 import gradio as gr
 
 from spo.errors import SpoError
+from spo.images import to_picture
+from spo.preference.taste.vote_zip import export_votes, import_votes
+from spo.preference.taste.votes import VoteFolder
 from spo.webui import a1111, folders
 from spo.webui.jobs import clip_training, voting
 from spo.webui.tabs import page
 
 _SAME, _OTHER = "Same seed, other noise from a step on", "Different seeds"
 _ANSWERS = ("left", "right", "tie", "skip")
-_SHOWN_VOTES = 200
+_MAX_EARLIER = 200
 
 
 def build() -> None:
@@ -45,7 +48,7 @@ def build() -> None:
                     upload = gr.UploadButton("Import a zip", size="sm", file_types=[".zip"], elem_id="spo_vote_import")
                 exported = gr.File(label="Exported", visible=False, elem_id="spo_vote_zip")
         with gr.Column(scale=7, min_width=460):
-            shown = gr.HTML(_pair(), elem_id="spo_vote_pair")
+            pair = gr.HTML(_pair(), elem_id="spo_vote_pair")
             with gr.Row():
                 buttons = {
                     "left": gr.Button("Left is better (←)", elem_id="spo_vote_left"),
@@ -120,12 +123,12 @@ def build() -> None:
 
     bundled.click(lambda: folders.BUNDLED_PROMPTS.read_text(encoding="utf-8"), [], [prompts])
     asked = [folder, prompts, negative, how, step, steps, guidance, width, height]
-    start.click(_start, asked, [shown, said])
-    stop.click(_end, [], [shown])
+    start.click(_start, asked, [pair, said])
+    stop.click(_end, [], [pair])
     for given, button in buttons.items():
-        button.click(_vote(given), [seen], [shown], _js="spo_vote_seen", show_progress="hidden")
-    undo.click(_with_errors(_undo), [], [shown], show_progress="hidden")
-    refresh.click(_pair, [], [shown], queue=False, show_progress="hidden")
+        button.click(_vote(given), [seen], [pair], _js="spo_vote_seen", show_progress="hidden")
+    undo.click(_with_errors(_undo), [], [pair], show_progress="hidden")
+    refresh.click(_pair, [], [pair], queue=False, show_progress="hidden")
     fit.click(_with_errors(_fit), [folder, name, beside], [fitted])
     for picture in own:
         picture.upload(_prompt_of, [picture, own_prompt], [own_prompt])
@@ -179,7 +182,7 @@ def _vote(answer: str) -> Callable[[str], str]:
     def vote(seen: str) -> str:
         session = voting.current()
         # a key pressed again before the next pair has come counts once
-        if session is None or session.shown is None or session.shown.id != seen:
+        if session is None or session.pair is None or session.pair.id != seen:
             return _pair()
         try:
             session.answer(answer)
@@ -204,7 +207,7 @@ def _pair() -> str:
     if session is None:
         return '<div class="spo-vote" data-ready="1" data-pair="">Choose prompts and press Start voting.</div>'
     counts = session.votes.counts()
-    pair = session.shown
+    pair = session.pair
     below = (
         f"<p><b>{counts.left + counts.right} votes</b>, {counts.tie} ties, {counts.skip} skipped. "
         f"{html.escape(session.message)}</p>"
@@ -216,8 +219,6 @@ def _pair() -> str:
     ready = pair is not None or session.ended
     inside = ""
     if pair is not None:
-        from spo.images import to_picture
-
         images = "".join(
             f'<figure><img alt="{side}" src="{page.uri(to_picture(pixels))}"><figcaption>{side}</figcaption></figure>'
             for side, pixels in zip(("left", "right"), pair.pixels, strict=True)
@@ -272,7 +273,7 @@ def _own(answer: str) -> Callable[..., str]:
 
 def _earlier(folder: str) -> Any:
     try:
-        votes = _folder(folder).votes()[::-1][:_SHOWN_VOTES]
+        votes = _folder(folder).votes()[::-1][:_MAX_EARLIER]
     except SpoError:
         return gr.update(choices=[])
     return gr.update(choices=[f"{vote.id} · {vote.prompt[:60]} · {vote.answer}" for vote in votes], value=None)
@@ -299,13 +300,11 @@ def _change(folder: str, line: str | None, answer: str | None) -> str:
 
 
 def _folder(name: str) -> Any:
-    from spo.preference.taste.votes import VoteFolder
 
     return VoteFolder(voting.votes_folder(name))
 
 
 def _export(folder: str) -> tuple[Any, str]:
-    from spo.preference.taste.vote_zip import export_votes
 
     try:
         place = voting.votes_folder(folder)
@@ -317,7 +316,6 @@ def _export(folder: str) -> tuple[Any, str]:
 
 
 def _import(folder: str, file: Any) -> str:
-    from spo.preference.taste.vote_zip import import_votes
 
     done = import_votes(_folder(folder), Path(file.name))
     return page.note(

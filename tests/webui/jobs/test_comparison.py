@@ -142,7 +142,7 @@ class LooksAtAll:
 def test_what_the_preference_model_sees(loras, grids, monkeypatch):
     host.load("tiny-sd1")
     scorer = LooksAtAll()
-    monkeypatch.setattr("spo.preference.load.load", lambda *args, **kwargs: scorer)
+    monkeypatch.setattr(comparison, "load", lambda *args, **kwargs: scorer)
     request = request_for("tiny-sd1", prompts=["a (fox:1.2) <hypernet:none:1>"], preference="demo")
     assert finished(comparison.start_comparison(request)).phase == "finished"
     assert [prompts for _, prompts in scorer.seen] == [["a (fox:1.2)"]] * 2

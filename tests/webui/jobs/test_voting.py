@@ -1,4 +1,4 @@
-"""Voting, votes on own pictures, and training a step-aware CLIP, in a real WebUI where SPO_WEBUI_DIR names one."""
+"""Voting and votes on own pictures: the session over a stand-in, the rest in a WebUI where SPO_WEBUI_DIR names one."""
 
 from __future__ import annotations
 
@@ -11,21 +11,38 @@ import pytest
 from PIL import Image
 
 from spo.errors import SpoError
-from tests.preference.clip.test_pair_data import write_folder
-from tests.preference.clip.test_scores import save_folder, transformers_clip
+from spo.preference.taste.votes import VoteFolder
+from spo.webui import folders
+from spo.webui.jobs import voting
+from tests.webui import stand_in
 from tests.webui import test_host as host
 
 webui = host.webui
-pytestmark = pytest.mark.skipif(not os.environ.get("SPO_WEBUI_DIR"), reason="SPO_WEBUI_DIR does not name a WebUI")
+no_webui = stand_in.webui
+in_webui = pytest.mark.skipif(not os.environ.get("SPO_WEBUI_DIR"), reason="SPO_WEBUI_DIR does not name a WebUI")
 
 
 @pytest.fixture
 def models(webui, tmp_path, monkeypatch):
     """models/SPO in a folder of the test's own."""
-    from spo.webui import folders
-
     monkeypatch.setattr(folders, "preference_folder", lambda: tmp_path / "SPO")
     return tmp_path / "SPO"
+
+
+@pytest.mark.parametrize("error", [KeyError("latents"), RuntimeError("no kernel"), SpoError("at least 40 votes")])
+def test_whatever_ends_a_fit_reaches_the_user_and_voting_goes_on(no_webui, monkeypatch, error):
+    def fails(*args, **kwargs):
+        raise error
+
+    reports = []
+    no_webui.errors.report = lambda text, exc_info: reports.append(text)
+    session = voting.Session(voting.VotingRequest("mine", ["a fox"]), config=None)
+    session.fitting = True
+    monkeypatch.setattr(voting, "read_vote_set", fails)
+    session._fit()
+    assert str(error) in session.message
+    assert not session.fitting and not session.ended
+    assert len(reports) == (not isinstance(error, SpoError))
 
 
 def wait_for(what, seconds=60):
@@ -36,11 +53,10 @@ def wait_for(what, seconds=60):
     raise AssertionError("not in time")
 
 
+@in_webui
 @pytest.mark.parametrize(("name", "architecture"), host.CHECKPOINTS)
 @pytest.mark.parametrize("from_step", [2, None])
 def test_votes_are_kept_and_the_checkpoint_is_as_before(models, name, architecture, from_step):
-    from spo.webui.jobs import voting
-
     host.load(name)
     before = host.txt2img("Euler a")
     request = voting.VotingRequest("mine", ["a fox", "a boat"], from_step, 6, 5.0, 128, 128)
@@ -48,15 +64,15 @@ def test_votes_are_kept_and_the_checkpoint_is_as_before(models, name, architectu
     try:
         voted = []
         for answer in ("left", "right", "tie", "skip"):
-            wait_for(lambda: session.shown is not None)
-            voted.append(session.shown.id)
-            assert float((session.shown.latents[0] - session.shown.latents[1]).abs().max()) > 0
+            wait_for(lambda: session.pair is not None)
+            voted.append(session.pair.id)
+            assert float((session.pair.latents[0] - session.pair.latents[1]).abs().max()) > 0
             session.answer(answer)
         assert [(vote.id, vote.answer) for vote in session.votes.votes()] == list(
             zip(voted, ("left", "right", "tie", "skip"), strict=True)
         )
         session.undo()
-        assert session.shown.id == voted[-1]
+        assert session.pair.id == voted[-1]
         assert len(session.votes.votes()) == 3
     finally:
         voting.end()
@@ -66,9 +82,8 @@ def test_votes_are_kept_and_the_checkpoint_is_as_before(models, name, architectu
         voting.fit("mine", "taste")
 
 
+@in_webui
 def test_what_cannot_be_voted_on_is_said(models):
-    from spo.webui.jobs import voting
-
     host.load("tiny-sd1")
     for request, told in (
         (voting.VotingRequest("../x", ["a"]), "name of the votes"),
@@ -80,11 +95,9 @@ def test_what_cannot_be_voted_on_is_said(models):
             voting.start(request)
 
 
+@in_webui
 @pytest.mark.parametrize(("name", "architecture"), host.CHECKPOINTS)
 def test_two_pictures_of_ones_own(models, name, architecture):
-    from spo.preference.taste.votes import VoteFolder
-    from spo.webui.jobs import voting
-
     host.load(name)
     left, right = (Image.fromarray(picture.astype(np.uint8)) for picture in host.txt2img("Euler a"))
     voting.add_pictures("mine", "a fox", left, right, "right")
@@ -96,24 +109,3 @@ def test_two_pictures_of_ones_own(models, name, architecture):
         voting.add_pictures("mine", "a fox", left, right.resize((64, 64)), "left")
     with pytest.raises(SpoError, match="prompt is missing"):
         voting.add_pictures("mine", " ", left, right, "left")
-
-
-def test_a_step_aware_clip_is_trained_on_the_loaded_checkpoint(models, tmp_path):
-    from spo.preference.load import describe_preference
-    from spo.webui.jobs import clip_training, job
-
-    host.load("tiny-sd1")
-    before = host.txt2img("Euler a")
-    save_folder(transformers_clip(), tmp_path / "PickScore_v1")
-    write_folder(tmp_path / "pairs", 16)
-    request = clip_training.ClipRequest(
-        "mine", str(tmp_path / "pairs"), str(tmp_path / "PickScore_v1"), steps=2, pairs_per_call=2, accumulation=1,
-        learning_rate=1e-3, size_px=64,
-    )  # fmt: skip
-    started = clip_training.start_clip_training(request)
-    job._thread.join(300)
-    assert started.phase == "finished", started.message
-    assert describe_preference(models / "mine.safetensors").kind == "step-aware CLIP"
-    assert np.array_equal(host.txt2img("Euler a"), before)
-    with pytest.raises(SpoError, match="exists already"):
-        clip_training.start_clip_training(request)

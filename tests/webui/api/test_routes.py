@@ -1,6 +1,6 @@
 """The API's routes over a stand-in for the WebUI; its refusals against a real one where SPO_WEBUI_URL names it.
 
-    SPO_WEBUI_URL=http://127.0.0.1:7860 [SPO_WEBUI_AUTH=user:password] python -m pytest -s tests/webui/test_api.py
+    SPO_WEBUI_URL=http://127.0.0.1:7860 [SPO_WEBUI_AUTH=user:password] python -m pytest -s tests/webui/api
 
 Runs where FastAPI is installed, which it is in the WebUI's own environment.
 """
@@ -25,7 +25,7 @@ testclient = pytest.importorskip("fastapi.testclient", exc_type=ImportError)
 from fastapi import FastAPI  # noqa: E402
 
 from tests.webui import stand_in  # noqa: E402
-from tests.webui.bad_requests import GOOD, BadRequest, bad_requests  # noqa: E402
+from tests.webui.api.bad_requests import GOOD, BadRequest, bad_requests  # noqa: E402
 
 URL = os.environ.get("SPO_WEBUI_URL", "")
 webui = stand_in.webui

@@ -1,0 +1,42 @@
+"""Names of LoRAs and where things lie, over a stand-in for the WebUI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spo.errors import SpoError
+from spo.webui import folders
+from tests.webui import stand_in
+
+webui = stand_in.webui
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "", "  ", "../a", "a/../b", "/etc/a", "C:/a", "c:a", "a\\b", "con", "NUL.txt", "com1", ".hidden", "a/.b", "a.",
+        "a<b", "a:b", "a|b", "a?b", "a*b", 'a"b', "a\nb", "a\x00b", "a,b", "a//b", "a/ b", "x" * 151, "日" * 100,
+    ],
+)  # fmt: skip
+def test_names_that_leave_the_folder_or_break_prompts_are_refused(webui, name):
+    with pytest.raises(SpoError, match="LoRA name"):
+        folders.lora_path(name)
+
+
+def test_names_and_paths_go_both_ways(webui, tmp_path):
+    for name in ("vivid", "mine/vivid", "deep/er/vivid 2", "Übung"):
+        path = folders.lora_path(name)
+        assert path.is_relative_to((tmp_path / "Lora").resolve())
+        assert folders.lora_name(path) == name
+    assert folders.lora_path("vivid.safetensors") == folders.lora_path("vivid")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (tmp_path / "Lora" / "link").symlink_to(outside)
+    with pytest.raises(SpoError, match="leads out"):
+        folders.lora_path("link/vivid")
+
+
+def test_the_bundled_prompts_are_there():
+    assert len(Path(folders.BUNDLED_PROMPTS).read_text("utf-8").splitlines()) > 50
