@@ -25,7 +25,7 @@ COMMANDS = ("demo", "test", "check", "train", "compare", "inspect", "train-prefe
 
 
 def main() -> int:
-    if sys.version_info < (3, 10):  # noqa: UP036 - this is where older versions are told
+    if sys.version_info < (3, 10):  # noqa: UP036 - older versions get a sentence
         return _fail(f"Python {platform.python_version()} is too old; install Python 3.10 or newer and use that.")
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         return _fail(f"usage: python run.py {{{','.join(COMMANDS)}}} [...]")
@@ -51,7 +51,7 @@ def _run(python: Path, *arguments: str, folder: Path | None = None) -> int:
 
 
 def _environment(with_tests: bool) -> Path | None:
-    """The environment's python with everything installed; None when that failed and the user was told what to do."""
+    """The environment's python with everything installed; None after a message when that failed."""
     python = ENVIRONMENT / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():
         print(f"Making {ENVIRONMENT} ...", flush=True)
@@ -85,7 +85,7 @@ def _install(python: Path, requirements: Path) -> bool:
 
 
 def _install_torch(python: Path, torch: str) -> bool:
-    """PyTorch's CPU build where no GPU is found, else the build for the GPU; the registry's own build if that fails."""
+    """PyTorch's CPU build without a GPU, else the build for the GPU; the registry's own build if that fails."""
     index = None
     if _has_nvidia_gpu():
         index = WINDOWS_CUDA_WHEELS if os.name == "nt" else None  # on Linux the registry's own build is for CUDA

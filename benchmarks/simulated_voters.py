@@ -12,9 +12,9 @@ sees the rule. Three tastes, of which the second contradicts the first:
 Stages, in order; each keeps what it has in FOLDER and goes on from there:
 
     pairs     make the pairs: 800 to vote on (the demo's prompts), 400 held out (its held-out prompts)
-    features  add noise to them (8 times at random levels; held-out ones once at each shown level), and keep what other
-              heads than the taste head look at: the UNet's pooled features, and a vision network's of the decoded
-              clean prediction
+    features  add noise to them (8 times at random levels; held-out ones once at each measured level), and save what
+              other heads than the taste head look at: the UNet's pooled features, and a vision network's of the
+              decoded clean prediction
     inputs    accuracy by what a head reads, with 200 and 800 votes
     votes     accuracy by number of votes, for the taste head and the CLIP-style head
     train     SPO with each head for each taste, and the rule's judgement
@@ -24,8 +24,8 @@ Stages, in order; each keeps what it has in FOLDER and goes on from there:
 
 The CLIP-style head stands in for a step-aware CLIP, whose weights are not at hand: a frozen network that was trained on
 pictures of this kind (the demo's subject classifier: all six layers, means and deviations over the picture) looks at
-the decoded clean prediction, and a small head on top, told the noise level, is fitted to the same votes by the same
-recipe. So it needs the denoiser and the VAE for each candidate, as the published preference model does.
+the decoded clean prediction, and a small head on top, which knows the noise level, is fitted to the same votes by the
+same recipe. So it needs the denoiser and the VAE for each candidate, as the published preference model does.
 """
 
 from __future__ import annotations
@@ -89,13 +89,13 @@ def make_all_pairs(work: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     host = load_host(demo_config(work))
     for part in PAIRS:
-        told = pair_prompts(part)
-        host.prepare(told)
-        for first in range(0, len(told), BATCH):
+        prompts = pair_prompts(part)
+        host.prepare(prompts)
+        for first in range(0, len(prompts), BATCH):
             path = folder / f"{part}_{first:04d}.safetensors"
             if path.exists():
                 continue
-            some = told[first : first + BATCH]
+            some = prompts[first : first + BATCH]
             from_step = 2 + first // BATCH % 9
             made = make_pairs(host, some, [stable_seed(part, first + n) % 2**32 for n in range(len(some))], from_step)
             tensors = {
@@ -157,8 +157,8 @@ def make_features(work: Path) -> None:
     unet = UNetFeatures(host.network)
     sigmas = training_sigmas(host.alphas_cumprod).float()
     for part in PAIRS:
-        clean, told = load_pairs(work, part)["latents"], pair_prompts(part)
-        host.prepare(told)
+        clean, prompts = load_pairs(work, part)["latents"], pair_prompts(part)
+        host.prepare(prompts)
         for number in range(NOISINGS if part == "votes" else len(TIMESTEPS)):
             path = folder / f"{part}_{number}.safetensors"
             if path.exists():
@@ -169,16 +169,16 @@ def make_features(work: Path) -> None:
                 timesteps = torch.full((len(clean),), TIMESTEPS[number])
             sigma = sigmas[timesteps]
             x = clean + sigma[:, None, None, None, None] * torch.randn(clean.shape, generator=draw)
-            kept: dict[str, list[Tensor]] = {"unet": [], "vision": []}
+            features: dict[str, list[Tensor]] = {"unet": [], "vision": []}
             for rows in torch.arange(len(clean)).split(32):
-                both = [told[row] for row in rows.tolist() for _ in range(2)]
+                both = [prompts[row] for row in rows.tolist() for _ in range(2)]
                 denoised = host.denoiser(
                     x[rows].flatten(0, 1), sigma[rows].repeat_interleave(2), **host.arguments(both)
                 )
-                kept["unet"].append(unet.take())
-                kept["vision"].append(vision(host.decode(denoised)))
-            features = {name: torch.cat(parts).unflatten(0, (-1, 2)) for name, parts in kept.items()}
-            tensors = {"x": x, "sigma": sigma, **features}
+                features["unet"].append(unet.take())
+                features["vision"].append(vision(host.decode(denoised)))
+            both_features = {name: torch.cat(parts).unflatten(0, (-1, 2)) for name, parts in features.items()}
+            tensors = {"x": x, "sigma": sigma, **both_features}
             write_whole(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))
             print(path.name, flush=True)
 
@@ -237,16 +237,16 @@ class FeatureHead(nn.Module):
         self.register_buffer("mean", flat.mean(0))
         self.register_buffer("std", flat.std(0) + 1e-3)
         inputs = flat.shape[1]
-        self.told = nn.Linear(1, hidden) if hidden else None
+        self.noise_level = nn.Linear(1, hidden) if hidden else None
         body = [nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, 1)]
         self.body = nn.Sequential(*body) if hidden else nn.Linear(inputs, 1)
 
     def forward(self, features: Tensor, sigma: Tensor) -> Tensor:
-        seen = (features - self.mean) / self.std
-        if self.told is None:
-            return self.body(seen)[:, 0]
+        inputs = (features - self.mean) / self.std
+        if self.noise_level is None:
+            return self.body(inputs)[:, 0]
         first, rest = self.body[0], self.body[1:]
-        return rest(first(seen) + self.told(sigma.log()[:, None]))[:, 0]
+        return rest(first(inputs) + self.noise_level(sigma.log()[:, None]))[:, 0]
 
 
 class Reader(nn.Module):
@@ -303,8 +303,8 @@ def fit_readers(
 
 def reader_differences(readers: list[Reader], noising: dict[str, Tensor]) -> Tensor:
     """[N] score of the left picture less that of the right one."""
-    told = flat_rows(noising, torch.arange(len(noising["sigma"])))
-    scores = torch.stack([reader(*told) for reader in readers]).mean(0).unflatten(0, (-1, 2))
+    inputs = flat_rows(noising, torch.arange(len(noising["sigma"])))
+    scores = torch.stack([reader(*inputs) for reader in readers]).mean(0).unflatten(0, (-1, 2))
     return scores[:, 0] - scores[:, 1]
 
 
@@ -370,8 +370,8 @@ def measured(path: Path, key: str, measure: Callable[[], list[Row]]) -> None:
         began = time.monotonic()
         done[key] = [asdict(row) for row in measure()]
         write_text(path, json.dumps(done, indent=1) + "\n")
-        shown = " ".join(f"{row['accuracy']:.3f}" for row in done[key])
-        print(f"{key:40} {shown}  {time.monotonic() - began:.1f} s", flush=True)
+        accuracies = " ".join(f"{row['accuracy']:.3f}" for row in done[key])
+        print(f"{key:40} {accuracies}  {time.monotonic() - began:.1f} s", flush=True)
 
 
 def measure_inputs(work: Path) -> None:
@@ -456,13 +456,13 @@ def judge_stages(work: Path) -> None:
 
 def judge_lora(work: Path, host: HeadlessHost, lora: Path, head: str, taste: str, updates: int, seconds: float) -> None:
     """Write NAME.json and NAME_pictures.safetensors beside the LoRA file NAME.safetensors."""
-    told, seeds = held_out()
-    host.prepare(told)
+    prompts, seeds = held_out()
+    host.prepare(prompts)
     base = work / "base.safetensors"
     if not base.exists():
-        save_file({"pixels": host.sample(told, seeds).contiguous()}, base)
+        save_file({"pixels": host.sample(prompts, seeds).contiguous()}, base)
     adapter = adapter_from_file(host, lora)
-    pixels = host.sample(told, seeds)
+    pixels = host.sample(prompts, seeds)
     adapter.remove()
     save_file({"pixels": pixels.contiguous()}, work / f"{lora.stem}_pictures.safetensors")
     before = load_file(base)["pixels"]
@@ -481,8 +481,8 @@ def judge_lora(work: Path, host: HeadlessHost, lora: Path, head: str, taste: str
         "votes": TRAINED_VOTES,
         "updates": updates,
         "seconds": seconds,
-        "kept_before": judge.judge(before, told).kept_share,
-        "kept_after": judge.judge(pixels, told).kept_share,
+        "recognised_before": judge.judge(before, prompts).recognised_share,
+        "recognised_after": judge.judge(pixels, prompts).recognised_share,
         "judged": judged,
     }
     write_text(work / f"{lora.stem}.json", json.dumps(facts, indent=1) + "\n")
@@ -492,15 +492,15 @@ def judge_lora(work: Path, host: HeadlessHost, lora: Path, head: str, taste: str
 def time_rollouts(work: Path) -> None:
     """FOLDER/rollout.json: CPU seconds of ten prompts' rollout with either head."""
     host = load_host(demo_config(work))
-    told = read_prompts(host.config.prompt.prompts)[:10]
-    host.prepare(told)
+    prompts = read_prompts(host.config.prompt.prompts)[:10]
+    host.prepare(prompts)
     voted, first = voters(work, "colourful"), slice(TRAINED_VOTES)
     taste = TasteHead([TasteNetwork(FitSettings().width) for _ in range(FitSettings().members)], TasteFacts())
     clip = ClipStyle(fit_readers("vision", load_features(work, "votes"), voted.order[first], voted.answers[first]))
     rows = {}
     for name, preference in (("taste head", taste), ("CLIP-style head", clip)):
         began = time.process_time()
-        host.rollout(told, list(range(10)), rollout_settings(host.config), preference, None)
+        host.rollout(prompts, list(range(10)), rollout_settings(host.config), preference, None)
         rows[name] = time.process_time() - began
     write_text(work / "rollout.json", json.dumps(rows, indent=1) + "\n")
     print(rows)
@@ -536,7 +536,7 @@ def training_row(result: dict[str, Any]) -> dict[str, Any]:
     row |= {name: round(by_own[name], 4) for name in ("before", "after")}
     row |= {f"win_{name}": round(by_own["wins"][name], 4) for name in ("rate", "low", "high")}
     row |= {f"{by}_after": round(result["judged"][by]["after"], 4) for by in TASTES}
-    return row | {"kept": round(result["kept_after"], 4), "seconds": result["seconds"]}
+    return row | {"recognised": round(result["recognised_after"], 4), "seconds": result["seconds"]}
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -555,10 +555,10 @@ def draw_votes(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Accuracy against votes, one panel for each taste, one line for each head and noise level."""
     from matplotlib.figure import Figure
 
-    shown = [taste for taste in TASTES if any(row["taste"] == taste for row in rows)]
-    figure = Figure(figsize=(4.6 * len(shown), 4.2), dpi=110, facecolor="white")
-    for number, taste in enumerate(shown):
-        axes = figure.add_subplot(1, len(shown), number + 1)
+    tastes = [taste for taste in TASTES if any(row["taste"] == taste for row in rows)]
+    figure = Figure(figsize=(4.6 * len(tastes), 4.2), dpi=110, facecolor="white")
+    for number, taste in enumerate(tastes):
+        axes = figure.add_subplot(1, len(tastes), number + 1)
         for head, style in (("taste head", "o-"), ("CLIP-style head", "s--")):
             for timestep, colour in zip(TIMESTEPS, ("#1b4f9c", "#3f8fd2", "#e08a1e", "#c0392b"), strict=True):
                 points = [
@@ -584,22 +584,24 @@ def draw_votes(rows: Sequence[dict[str, Any]], path: Path) -> None:
     write_whole(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def draw_grid(work: Path, path: Path, shown: int = 10) -> None:
+def draw_grid(work: Path, path: Path, columns: int = 10) -> None:
     """Held-out prompts, base and every LoRA there is, with the rule's value under each picture."""
     rows, labels, captions = [], [], []
-    told, _ = held_out()
+    prompts, _ = held_out()
     for name in ["base", *trained_names()]:
         file = work / (f"{name}.safetensors" if name == "base" else f"{name}_pictures.safetensors")
         if not file.exists():
             continue
-        pixels = load_file(file)["pixels"][:shown]
+        pixels = load_file(file)["pixels"][:columns]
         colour, cover = colourfulness(pixels).tolist(), rule_of("large", pixels).tolist()
         rows.append([to_picture(picture) for picture in pixels])
         head, _, taste = name.partition("_")
         by = f"taste head, {UPDATES} updates" if head == "taste" else f"CLIP-style head, {CLIP_UPDATES} updates"
         labels.append(f"{taste}, {by}" if taste else "base")
         captions.append([f"colour {c:.0f}, covers {a:.0%}" for c, a in zip(colour, cover, strict=True)])
-    made = grid(rows, labels, told[:shown], captions, title="SPO after 200 votes of simulated voters, 10 % flipped")
+    made = grid(
+        rows, labels, prompts[:columns], captions, title="SPO after 200 votes of simulated voters, 10 % flipped"
+    )
     write_whole(path, lambda temporary: made.save(temporary, "PNG"))
 
 

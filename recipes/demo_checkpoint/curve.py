@@ -1,4 +1,4 @@
-"""True taste and kept subjects against training: the curve from which the demo's default settings were chosen.
+"""True taste and recognised subjects against training: the curve from which the demo's default settings were chosen.
 
     python -m recipes.demo_checkpoint.curve --folder curve_run --output docs/demo_curve --learning-rates 1e-4 3e-4 1e-3
 
@@ -20,7 +20,17 @@ from spo.headless.host import HeadlessHost, load_host, load_preference
 from spo.prompts import read_prompts
 from spo.training.loop import stages, train
 
-COLUMNS = ("learning_rate", "step", "win_rate", "win_low", "win_high", "taste", "kept", "base_taste", "base_kept")
+COLUMNS = (
+    "learning_rate",
+    "step",
+    "win_rate",
+    "win_low",
+    "win_high",
+    "taste",
+    "recognised",
+    "base_taste",
+    "base_recognised",
+)
 
 
 def judge_stages(folder: Path, learning_rate: float, steps: int, every: int) -> list[dict[str, Any]]:
@@ -30,12 +40,12 @@ def judge_stages(folder: Path, learning_rate: float, steps: int, every: int) -> 
     host = load_host(config)
     train(host, config, read_prompts(config.prompt.prompts), load_preference(config, host))
     output = Path(config.run.output)
-    told, seeds = held_out()
-    host.prepare(told)
+    prompts, seeds = held_out()
+    host.prepare(prompts)
     judge = Judge()
 
     def judged(on: HeadlessHost) -> Judgement:
-        return judge.judge(on.sample(told, seeds), told)
+        return judge.judge(on.sample(prompts, seeds), prompts)
 
     base = judged(host)
     rows = []
@@ -46,11 +56,14 @@ def judge_stages(folder: Path, learning_rate: float, steps: int, every: int) -> 
         step = steps if path == output else int(path.stem.rpartition("-step")[2])
         rate = taste_win_rate(verdict, base)
         values = (
-            learning_rate, step, rate.rate, rate.low, rate.high, float(verdict.taste.mean()), verdict.kept_share,
-            float(base.taste.mean()), base.kept_share,
+            learning_rate, step, rate.rate, rate.low, rate.high, float(verdict.taste.mean()), verdict.recognised_share,
+            float(base.taste.mean()), base.recognised_share,
         )  # fmt: skip
         rows.append(dict(zip(COLUMNS, values, strict=True)))
-        print(f"lr {learning_rate:g} step {step}: wins {rate.rate:.0%}, kept {verdict.kept_share:.0%}", flush=True)
+        print(
+            f"lr {learning_rate:g} step {step}: wins {rate.rate:.0%}, recognised {verdict.recognised_share:.0%}",
+            flush=True,
+        )
     return rows
 
 
@@ -61,20 +74,20 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    wins, kept = figure.subplots(1, 2)
+    wins, recognised = figure.subplots(1, 2)
     for rate in dict.fromkeys(row["learning_rate"] for row in rows):
         mine = [row for row in rows if row["learning_rate"] == rate]
         steps = [row["step"] for row in mine]
         line = wins.plot(steps, [row["win_rate"] for row in mine], marker="o", label=f"learning rate {rate:g}")[0]
         low, high = ([row[name] for row in mine] for name in ("win_low", "win_high"))
         wins.fill_between(steps, low, high, color=line.get_color(), alpha=0.12)
-        kept.plot(steps, [row["kept"] for row in mine], marker="o", color=line.get_color())
-    base = rows[0]["base_kept"]
+        recognised.plot(steps, [row["recognised"] for row in mine], marker="o", color=line.get_color())
+    base = rows[0]["base_recognised"]
     wins.axhline(0.9, color="grey", linestyle=":", linewidth=1)
-    kept.axhline(base, color="grey", linewidth=1)
-    kept.axhline(base - 0.05, color="grey", linestyle=":", linewidth=1)
+    recognised.axhline(base, color="grey", linewidth=1)
+    recognised.axhline(base - 0.05, color="grey", linestyle=":", linewidth=1)
     wins.set(title="wins against base by the rule (64 held-out pairs)", xlabel="updates", ylim=(0, 1.02))
-    kept.set(title="subject recognised (line: base, dotted: 5 points less)", xlabel="updates", ylim=(0, 1.02))
+    recognised.set(title="subject recognised (line: base, dotted: 5 points less)", xlabel="updates", ylim=(0, 1.02))
     wins.legend(loc="lower right")
     figure.savefig(path, dpi=110)
 

@@ -34,7 +34,7 @@ from spo.prompts import read_prompts
 from spo.rng import SeededDraws, generator, permutation, stable_seed
 
 GROUP = 4  # pictures that share their first steps
-SHOWN_TIMESTEPS = (0, 251, 501, 701)
+MEASURED_TIMESTEPS = (0, 251, 501, 701)
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ class BranchingDraws:
 
 def sample_groups(host: HeadlessHost, prompts: list[str], count: int, seed: int, batch: int = 16) -> Groups:
     """Sample `count` groups over the prompts in turn, branching after 2 to 12 of the 20 steps."""
-    told = [prompts[i % len(prompts)] for i in range(count)]
+    own_prompts = [prompts[i % len(prompts)] for i in range(count)]
     latents, tastes = [], []
     for first in range(0, count, batch):
         numbers = range(first, min(first + batch, count))
         branches = [2 + stable_seed(seed, "branch", number) % 11 for number in numbers]
         draws = BranchingDraws([stable_seed(seed, "group", number) for number in numbers], branches)
-        arguments = host.arguments([told[number] for number in numbers for _ in range(GROUP)])
+        arguments = host.arguments([own_prompts[number] for number in numbers for _ in range(GROUP)])
         start = draws.initial((4, 8, 8)) * (1 + host.sigmas[0] ** 2).sqrt()
         finished = sample_spo(
             host.denoiser, start, host.sigmas, arguments,
@@ -82,7 +82,8 @@ def sample_groups(host: HeadlessHost, prompts: list[str], count: int, seed: int,
         ).x  # fmt: skip
         latents.append(finished)
         tastes.append(colourfulness(host.decode(finished)))
-    return Groups(torch.cat(latents).unflatten(0, (-1, GROUP)), torch.cat(tastes).unflatten(0, (-1, GROUP)), told)
+    clean, taste = (torch.cat(parts).unflatten(0, (-1, GROUP)) for parts in (latents, tastes))
+    return Groups(clean, taste, own_prompts)
 
 
 @torch.no_grad()
@@ -92,9 +93,9 @@ def clean_predictions(host: HeadlessHost, groups: Groups, timestep: Tensor, posi
     sigma = training_sigmas(host.alphas_cumprod)[timestep]
     noise = torch.randn(len(timestep), 1, *groups.clean.shape[2:], generator=generator(*position))
     x = groups.clean + sigma.float()[:, None, None, None, None] * noise
-    told = [prompt for prompt in groups.prompts for _ in range(GROUP)]
+    prompts = [prompt for prompt in groups.prompts for _ in range(GROUP)]
     flat_sigma = sigma.float().repeat_interleave(GROUP)
-    return denoiser(x.flatten(0, 1), flat_sigma, **host.arguments(told)).unflatten(0, (-1, GROUP))
+    return denoiser(x.flatten(0, 1), flat_sigma, **host.arguments(prompts)).unflatten(0, (-1, GROUP))
 
 
 def pairwise(scores: Tensor, taste: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,10 +113,10 @@ def across(scores: Tensor, taste: Tensor, shift: int) -> tuple[Tensor, Tensor]:
 
 def accuracy(network: LatentCNN, host: HeadlessHost, groups: Groups, timestep: int) -> float:
     """Share of pairs whose order the network gets right at one timestep; at 0 on the finished latents."""
-    told = torch.full((len(groups.prompts),), timestep)
-    latents = groups.clean if timestep == 0 else clean_predictions(host, groups, told, ("accuracy", timestep))
+    timesteps = torch.full((len(groups.prompts),), timestep)
+    latents = groups.clean if timestep == 0 else clean_predictions(host, groups, timesteps, ("accuracy", timestep))
     with torch.no_grad():
-        scores = network(latents.flatten(0, 1), told.repeat_interleave(GROUP)).unflatten(0, (-1, GROUP))
+        scores = network(latents.flatten(0, 1), timesteps.repeat_interleave(GROUP)).unflatten(0, (-1, GROUP))
     difference, label = pairwise(scores, groups.taste)
     return float(((difference > 0).float() == label).float().mean())
 
@@ -167,7 +168,7 @@ def main() -> None:
         host, sample_groups(host, prompts, arguments.groups, seed=1), config, arguments.epochs, arguments.noises, 1
     )
     test = sample_groups(host, held, 96, seed=2)
-    table = {str(t): round(accuracy(network, host, test, t), 3) for t in SHOWN_TIMESTEPS}
+    table = {str(t): round(accuracy(network, host, test, t), 3) for t in MEASURED_TIMESTEPS}
     print("accuracy on held-out pairs by timestep:", table)
     facts = {"name": "demo", "architecture": "sd15", "rule": "colourfulness", "held_out_accuracy": json.dumps(table)}
     save_latent_cnn(network, arguments.output, facts)

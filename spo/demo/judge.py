@@ -1,4 +1,4 @@
-"""The judge of the demonstration: the rule of taste, never shown to training, and whether the subject is kept."""
+"""The demonstration's judge: the rule of taste, which training never sees, and whether the subject is recognised."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ FIRST_SEED = 1000  # the judge's seeds start here; nothing else of the demonstra
 
 @dataclass(frozen=True)
 class Judgement:
-    """taste [N] the rule's value of each picture; kept [N] bool, whether the classifier assigns it to its prompt."""
+    """taste [N] the rule's value of each picture; recognised [N] bool, whether the classifier assigns it to its
+    prompt."""
 
     taste: Tensor
-    kept: Tensor
+    recognised: Tensor
 
     @property
-    def kept_share(self) -> float:
-        return float(self.kept.float().mean())
+    def recognised_share(self) -> float:
+        return float(self.recognised.float().mean())
 
 
 class Judge:

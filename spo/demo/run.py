@@ -23,7 +23,7 @@ from spo.report.tables import table
 
 CHECKPOINT = HERE / "demo.safetensors"
 
-# chosen from the curve of taste and kept subjects against training in docs/demo.md
+# chosen from the curve of taste and recognised subjects against training in docs/demo.md
 SETTINGS: dict[str, Any] = {**preset("demo").values, "precision": "float32", "device": "cpu"}
 
 
@@ -63,24 +63,24 @@ def run_demo(folder: Path, watched: Callable[[], AbstractContextManager[Watcher]
     if not output.exists():
         print(f"Training a LoRA for the demo checkpoint: {config.optimizer.steps} updates, a few minutes on two cores.")
         with watched() as watcher:
-            prompts = read_prompts(config.prompt.prompts)
-            report = train(host, config, prompts, preference, watcher, resume=state.exists())
+            training_prompts = read_prompts(config.prompt.prompts)
+            report = train(host, config, training_prompts, preference, watcher, resume=state.exists())
         if not report.finished:
             print(f"Stopped after {report.steps} updates; run the same command again to go on.")
             return 130
     curves(run_folder_of(output) / "metrics.csv", folder / "curves.png")
 
     print("Judging base and LoRA on 64 held-out prompt-and-seed pairs ...")
-    told, seeds = held_out()
-    host.prepare(told)
-    columns: dict[str, Samples] = {"base": samples(host, preference, told, seeds)}
+    prompts, seeds = held_out()
+    host.prepare(prompts)
+    columns: dict[str, Samples] = {"base": samples(host, preference, prompts, seeds)}
     adapter = adapter_from_file(host, output)
-    columns["LoRA"] = samples(host, preference, told, seeds)
+    columns["LoRA"] = samples(host, preference, prompts, seeds)
     adapter.remove()
     judge = Judge()
-    verdicts = {name: judge.judge(column.pixels, told) for name, column in columns.items()}
+    verdicts = {name: judge.judge(column.pixels, prompts) for name, column in columns.items()}
     lines = result_table(columns, verdicts)
-    save_demo_grid(columns, verdicts, told, folder / "grid.png")
+    save_demo_grid(columns, verdicts, prompts, folder / "grid.png")
     facts = {"table": lines, "steps": config.optimizer.steps, "seconds": time.monotonic() - began}
     result.write_text(json.dumps(facts, indent=2) + "\n")
     print(f"\n{lines}\n\nLoRA    {output}\ngrid    {folder / 'grid.png'}\ncurves  {folder / 'curves.png'}")
@@ -92,11 +92,11 @@ def save_demo_grid(
     verdicts: Mapping[str, Judgement],
     prompts: Sequence[str],
     path: Path,
-    shown: int = 20,
+    pairs: int = 20,
 ) -> None:
     """The first pairs, base above LoRA, ten in a row, with the rule's value under each picture."""
     rows, labels, captions = [], [], []
-    for first in range(0, shown, 10):
+    for first in range(0, pairs, 10):
         part = slice(first, first + 10)
         for name, column in columns.items():
             tastes = verdicts[name].taste[part].tolist()
@@ -108,14 +108,14 @@ def save_demo_grid(
 
 
 def result_table(columns: Mapping[str, Samples], verdicts: Mapping[str, Judgement]) -> str:
-    """True taste, preference score and kept subjects of base and LoRA, and how often the LoRA wins by the rule."""
+    """Base and LoRA: true taste, preference score, recognised subjects; and how often the LoRA wins by the rule."""
     rate = taste_win_rate(verdicts["LoRA"], verdicts["base"])
     rows = [
         [
             name,
             f"{float(verdicts[name].taste.mean()):.1f}",
             f"{float(column.scores.mean()):.2f}",
-            f"{verdicts[name].kept_share:.0%}",
+            f"{verdicts[name].recognised_share:.0%}",
         ]
         for name, column in columns.items()
     ]

@@ -34,8 +34,8 @@ def grid(
     rows           pictures of any size and mode; None, or a short row, leaves a cell empty
     row_labels     one for each row; column_labels: one for each column; "" for none. Long ones are wrapped
     captions       a text under each picture, such as its score
-    cell_px        longest side of a shown picture; default: the largest picture's, but 256 to 512. Smaller pictures are
-                   enlarged by a whole factor, larger ones reduced
+    cell_px        longest side of a picture on the sheet; default: the largest picture's, but 256 to 512. Smaller
+                   pictures are enlarged by a whole factor, larger ones reduced
 
     Raises ValueError when labels or captions do not match the pictures.
     """
@@ -50,8 +50,8 @@ def grid(
     pictures = [p for row in rows for p in row if p is not None]
     longest = max((max(picture.size) for picture in pictures), default=256)
     limit = cell_px or min(max(longest, 256), 512)
-    shown = [[_shown(picture, limit) for picture in row] for row in rows]
-    sizes = [picture.size for row in shown for picture in row if picture is not None] or [(limit, limit)]
+    cells = [[_sized(picture, limit) for picture in row] for row in rows]
+    sizes = [picture.size for row in cells for picture in row if picture is not None] or [(limit, limit)]
     cell_width, cell_height = max(160, *(width for width, _ in sizes)), max(height for _, height in sizes)
 
     gap, margin = 12, 24
@@ -77,7 +77,7 @@ def grid(
         x = left + column * (cell_width + gap) + cell_width // 2
         head.draw(draw, column, (x, body_top - 10 - head.heights[column]), INK, centred=True)
     y = body_top
-    for index, row in enumerate(shown):
+    for index, row in enumerate(cells):
         side.draw(draw, index, (margin, y + max(0, cell_height - side.heights[index]) // 2), INK)
         for column, picture in enumerate(row):
             x = left + column * (cell_width + gap)
@@ -90,7 +90,7 @@ def grid(
     return sheet
 
 
-def _shown(picture: Image | None, limit: int) -> Image | None:
+def _sized(picture: Image | None, limit: int) -> Image | None:
     """The picture in RGB, enlarged by a whole factor or reduced so that its longest side is at most `limit` px."""
     from PIL import Image
 

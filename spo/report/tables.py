@@ -10,7 +10,7 @@ from spo.report.win_rate import win_rate
 def table(rows: Sequence[Sequence[object]], headers: Sequence[str], *, markdown: bool = False) -> str:
     """Rows under headers as aligned text, or as a Markdown table; columns of numbers stand to the right.
 
-    Floats are shown with 4 significant digits, None as a dash. Raises ValueError for a row of another length.
+    Floats have 4 significant digits, None as a dash. Raises ValueError for a row of another length.
     """
     for row in rows:
         if len(row) != len(headers):

@@ -1,0 +1,95 @@
+"""Stage "classifier": which subject a picture shows, whatever the strength of its colours."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from recipes.demo_checkpoint.networks import SCALE_FACTOR, learning_rate, load_vae, parameter_count
+from recipes.demo_checkpoint.options import Options
+from recipes.demo_checkpoint.pictures import (
+    SIZE_PX,
+    STYLES,
+    VARIANTS,
+    core_rows,
+    load_pictures,
+    load_subjects,
+    saturate,
+    to_pixels,
+)
+from spo.demo.subjects import SubjectNetwork, load
+
+
+@torch.no_grad()
+def classifier_pictures(work: Path, rows: list[int]) -> torch.Tensor:
+    """uint8 [subjects, 2, VARIANTS + 1, 3, 64, 64]: the renderings, and the autoencoder's version of one of them."""
+    pictures, vae = load_pictures(work)[rows], load_vae(work)
+    latents = torch.load(work / "latents.pt")[rows, :, 1].flatten(0, 1).float()
+    decoded = torch.cat([vae.decode(part / SCALE_FACTOR).sample for part in latents.split(128)])
+    decoded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().view(len(rows), len(STYLES), 1, 3, SIZE_PX, SIZE_PX)
+    return torch.cat([pictures, decoded], 2)
+
+
+def jitter(pixels: torch.Tensor) -> torch.Tensor:
+    """Strong changes of saturation, brightness, contrast; slight ones of hue, place, size, sharpness, and noise."""
+    count = len(pixels)
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return torch.empty(count, *shape).uniform_(low, high)
+
+    mix = torch.eye(3) + uniform(-0.06, 0.06, 3, 3)
+    pixels = torch.einsum("nij,njhw->nihw", mix / mix.sum(2, keepdim=True), pixels)
+    pixels = saturate(pixels, uniform(0.15, 2.2))
+    pixels = pixels * uniform(0.7, 1.2, 1, 1, 1) + uniform(-0.15, 0.15, 1, 1, 1)
+    zoom, zero = uniform(0.9, 1.12), torch.zeros(count)
+    affine = torch.stack([zoom, zero, uniform(-0.1, 0.1), zero, zoom, uniform(-0.1, 0.1)], 1).view(count, 2, 3)
+    grid = F.affine_grid(affine, list(pixels.shape), align_corners=False)
+    pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    pixels = pixels.lerp(F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, 1), uniform(0, 1, 1, 1, 1))
+    return (pixels + 0.1 * torch.rand(count, 1, 1, 1) * torch.randn_like(pixels)).clamp(-1, 1)
+
+
+def train_classifier(options: Options) -> None:
+    """Train for --classifier-minutes; batches of 128 jittered pictures over all taught subjects."""
+
+    torch.manual_seed(0)
+    subjects = load_subjects(options.work)
+    rows = core_rows(subjects)
+    pictures = classifier_pictures(options.work, rows)
+    network = SubjectNetwork(len(rows))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, weight_decay=0.05)
+    print(f"classifier: {parameter_count(network) / 1e6:.2f} M parameters, {len(rows)} classes", flush=True)
+    step, elapsed_s, limit_s, started_s = 0, 0.0, 60 * options.classifier_minutes, time.time()
+    while elapsed_s < limit_s:
+        optimizer.param_groups[0]["lr"] = learning_rate(elapsed_s / limit_s, 4e-3)
+        labels, styles = torch.randint(len(rows), (128,)), torch.randint(2, (128,))
+        variants = torch.where(torch.rand(128) < 0.4, VARIANTS, torch.randint(VARIANTS, (128,)))
+        logits = network(jitter(to_pixels(pictures[labels, styles, variants])))
+        loss = F.cross_entropy(logits, labels, label_smoothing=0.05)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        step, elapsed_s = step + 1, time.time() - started_s
+        if step % 100 == 0:
+            right = (logits.argmax(1) == labels).float().mean().item()
+            print(f"step {step}: loss {loss.item():.3f} right {right:.3f} {elapsed_s:.0f} s", flush=True)
+    names = json.dumps([subjects[row]["name"] for row in rows])
+    tensors = {k: v.half() for k, v in network.state_dict().items() if v.is_floating_point()}
+    save_file(tensors, options.out / "subject_classifier.safetensors", metadata={"format": "pt", "classes": names})
+    measure_classifier(options, pictures)
+
+
+def measure_classifier(options: Options, pictures: torch.Tensor) -> None:
+    """Print how many decoded pictures are assigned to their subject at several saturations."""
+
+    classifier = load(options.out / "subject_classifier.safetensors")
+    decoded = to_pixels(pictures[:, :, VARIANTS].flatten(0, 1))
+    labels = torch.arange(len(pictures)).repeat_interleave(len(STYLES))
+    for factor in (0.25, 0.5, 1.0, 1.5, 2.0):
+        right = (classifier.assign(saturate(decoded, torch.full((len(decoded),), factor))) == labels).float().mean()
+        print(f"saturation x {factor}: {right:.3f} of {len(decoded)} decoded pictures assigned to their subject")

@@ -1,0 +1,110 @@
+"""The networks of the demo checkpoint, its noise schedule, and the learning rate of every stage."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from recipes.demo_checkpoint.pictures import SIZE_PX
+
+SCALE_FACTOR = 0.18215
+CLIP_LENGTH = 77
+VAE_CHANNELS, VAE_MULTIPLIERS, VAE_BLOCKS = 32, (1, 2, 2, 2), 1
+UNET_CHANNELS, UNET_MULTIPLIERS, UNET_BLOCKS, UNET_HEADS = 64, (1, 2), 2, 4
+TEXT_CONFIG: dict[str, Any] = dict(
+    hidden_size=64,
+    intermediate_size=256,
+    num_attention_heads=4,
+    num_hidden_layers=4,
+    projection_dim=64,
+    max_position_embeddings=CLIP_LENGTH,
+    vocab_size=49408,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+    bos_token_id=0,
+    eos_token_id=2,
+    pad_token_id=1,
+)
+
+
+def build_vae() -> Any:
+    """An untrained AutoencoderKL: three halvings, so 8 x 8 latents of 64-pixel pictures."""
+    levels = len(VAE_MULTIPLIERS)
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=[VAE_CHANNELS * m for m in VAE_MULTIPLIERS],
+        layers_per_block=VAE_BLOCKS,
+        latent_channels=4,
+        norm_num_groups=32,
+        sample_size=SIZE_PX,
+        scaling_factor=SCALE_FACTOR,
+    )
+
+
+def load_vae(work: Path) -> Any:
+    """The autoencoder with SCALE_FACTOR's convention folded in, for inference."""
+    vae = build_vae()
+    vae.load_state_dict(torch.load(work / "vae_folded.pt"))
+    return vae.eval().requires_grad_(False)
+
+
+def build_unet() -> Any:
+    """An untrained UNet2DConditionModel of two levels, both with attention to the text."""
+    levels = len(UNET_MULTIPLIERS)
+    return UNet2DConditionModel(
+        sample_size=SIZE_PX // 8,
+        block_out_channels=[UNET_CHANNELS * m for m in UNET_MULTIPLIERS],
+        down_block_types=["CrossAttnDownBlock2D"] * levels,
+        up_block_types=["CrossAttnUpBlock2D"] * levels,
+        layers_per_block=UNET_BLOCKS,
+        cross_attention_dim=TEXT_CONFIG["hidden_size"],
+        attention_head_dim=UNET_HEADS,
+    )
+
+
+def build_text_encoder() -> Any:
+    """An untrained CLIPTextModel with CLIP's vocabulary."""
+    return CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG))
+
+
+def tokenize(tokenizer_folder: Path, texts: list[str]) -> torch.Tensor:
+    """CLIP token ids, int64 [N, 77], padded with the end token."""
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    batch = tokenizer(texts, padding="max_length", max_length=CLIP_LENGTH, truncation=True, return_tensors="pt")
+    return batch.input_ids
+
+
+def encode_text(text_encoder: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Last hidden state after the final layer norm, [N, 77, 64]."""
+    return text_encoder(input_ids=tokens).last_hidden_state
+
+
+def load_networks(work: Path) -> tuple[Any, Any]:
+    """UNet and text encoder with the averaged weights, for inference."""
+    networks = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder()})
+    networks.load_state_dict(torch.load(work / "unet.pt"))
+    networks.eval().requires_grad_(False)
+    return networks["unet"], networks["text_encoder"]
+
+
+def alphas_cumprod() -> torch.Tensor:
+    """Stable Diffusion's schedule, float64 [1000]."""
+    betas = torch.linspace(0.00085**0.5, 0.0120**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0)
+
+
+def parameter_count(network: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def learning_rate(elapsed: float, peak: float, warm_up: float = 0.03) -> float:
+    """Linear warm-up, then a cosine to zero, over the elapsed fraction of the run in [0, 1]."""
+    if elapsed < warm_up:
+        return peak * elapsed / warm_up
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (elapsed - warm_up) / (1 - warm_up))))

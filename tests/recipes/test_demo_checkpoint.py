@@ -1,0 +1,134 @@
+"""The recipe of the demo checkpoint: its data against the files it made, and every stage run on made-up emoji."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from recipes.demo_checkpoint import prompts as prompt_stages
+from recipes.demo_checkpoint.checkpoint import config_yaml, schedule_buffers
+from recipes.demo_checkpoint.ldm_names import ldm_text_name, ldm_unet_name, ldm_vae_name
+from recipes.demo_checkpoint.make_checkpoint import STAGES, main
+from recipes.demo_checkpoint.networks import TEXT_CONFIG, build_text_encoder, build_unet, build_vae
+from recipes.demo_checkpoint.pictures import CHOICE, clean_name, is_subject, is_taught
+from spo.demo.judge import HERE, held_out
+from spo.demo.subjects import load
+from spo.prompts import read_prompts
+
+ENTRY = {"has_img_google": True, "category": "Animals & Nature", "subcategory": "animal-bug"}
+
+
+@pytest.fixture(scope="module")
+def networks():
+    with torch.device("meta"):
+        return build_unet(), build_vae(), build_text_encoder()
+
+
+def test_the_configuration_is_the_demos():
+    assert config_yaml() == (HERE / "demo.yaml").read_text(encoding="utf-8")
+    saved = json.loads((HERE / "text_encoder_config.json").read_text(encoding="utf-8"))
+    assert {name: saved[name] for name in TEXT_CONFIG} == TEXT_CONFIG
+
+
+def test_the_networks_have_the_demos_names_and_shapes(networks):
+    unet, vae, text_encoder = networks
+    made = {f"model.diffusion_model.{ldm_unet_name(name)}": value for name, value in unet.state_dict().items()}
+    made |= {f"first_stage_model.{ldm_vae_name(name)}": value for name, value in vae.state_dict().items()}
+    text = text_encoder.state_dict()
+    made |= {f"cond_stage_model.transformer.{ldm_text_name(name)}": value for name, value in text.items()}
+    made |= schedule_buffers()
+    with safe_open(HERE / "demo.safetensors", "pt") as file:
+        shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+    ours = {name: list(value.shape) for name, value in made.items() if "position_ids" not in name}
+    squeezed = {name: [side for side in shape if side != 1] for name, shape in shapes.items()}
+    assert {name: [side for side in shape if side != 1] for name, shape in ours.items()} == {
+        name: shape for name, shape in squeezed.items() if "position_ids" not in name
+    }
+
+
+def test_the_demos_prompts_are_core_subjects():
+    core, told = set(CHOICE["core_subjects"]), set(held_out()[0])
+    assert set(load(HERE / "subject_classifier.safetensors").classes) == core
+    assert told | set(read_prompts(HERE / "prompts.txt")) <= core
+
+
+@pytest.mark.parametrize(
+    ("entry", "subject", "taught"),
+    [
+        ({"name": "HONEYBEE", "short_name": "bee"}, True, True),
+        ({"name": "HONEYBEE", "short_name": "bee", "has_img_google": False}, False, True),
+        ({"name": "HONEYBEE", "short_name": "bee", "obsoleted_by": "1F41D"}, False, True),
+        ({"name": "FLAG", "short_name": "f", "category": "Flags"}, False, True),
+        ({"name": "BLACK QUESTION MARK ORNAMENT", "short_name": "question", "category": "Symbols"}, True, True),
+        ({"name": "WOMAN FARMER", "short_name": "female-farmer"}, False, True),
+        ({"name": "CLOCK FACE ONE OCLOCK", "short_name": "clock1"}, False, True),
+        ({"name": "NOTEBOOK", "short_name": "notebook"}, True, False),
+        ({"name": "OPEN BOOK", "short_name": "book", "subcategory": "book-paper"}, True, False),
+        ({"name": "BOOKS", "short_name": "books", "subcategory": "book-paper"}, True, True),
+    ],
+)
+def test_which_emoji_are_subjects_and_which_are_taught(entry, subject, taught):
+    assert (bool(is_subject(ENTRY | entry)), is_taught(ENTRY | entry)) == (subject, taught)
+
+
+def test_names_lose_the_standards_typography():
+    assert clean_name("HEAVY BLACK HEART") == "black heart"
+    assert clean_name("WHITE SMILING FACE") == "smiling face"
+    assert clean_name("Jack-o’-Lantern") == "jack-o'-lantern"
+
+
+def test_help_names_every_stage(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert all(stage in said for stage in STAGES)
+
+
+@pytest.fixture
+def emoji(tmp_path):
+    """Both packages with a handful of subjects: plain squares of random colours."""
+    rng = np.random.default_rng(0)
+    subjects = {"RED APPLE": "apple", "DOG FACE": "dog", "ROCKET": "rocket", "SUNFLOWER": "sunflower", "GHOST": "ghost"}
+    entries = []
+    (tmp_path / "flat" / "img" / "google" / "64").mkdir(parents=True)
+    (tmp_path / "fluent" / "assets").mkdir(parents=True)
+    for number, (name, short) in enumerate(subjects.items()):
+        code = f"1F{number:03X}"
+        colour = (*(int(value) for value in rng.integers(0, 255, 3)), 255)
+        picture = Image.new("RGBA", (64, 64), colour)
+        picture.save(tmp_path / "flat" / "img" / "google" / "64" / f"{code.lower()}.png")
+        picture.save(tmp_path / "fluent" / "assets" / f"{code.lower()}.webp")
+        facts = {"name": name, "short_name": short, "short_names": [short], "sort_order": number, "unified": code}
+        entries.append(ENTRY | facts | {"non_qualified": None, "image": f"{code.lower()}.png"})
+    (tmp_path / "flat" / "emoji.json").write_text(json.dumps(entries))
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_every_stage_runs(emoji, monkeypatch):
+    """A step or two of each; what they leave is what the demo consists of."""
+    monkeypatch.setattr(prompt_stages, "HELD_OUT_PROMPTS", 1)
+    monkeypatch.setattr(prompt_stages, "TRAINING_PROMPTS", 2)
+    monkeypatch.setattr(prompt_stages, "SELECTION_SEEDS", (0,))
+    monkeypatch.setitem(CHOICE, "checked_prompts", [])
+    folders = [f"--flat={emoji / 'flat'}", f"--fluent={emoji / 'fluent'}", f"--work={emoji / 'work'}"]
+    lengths = ["--vae-steps=1", "--vae-colour-steps=1", "--unet-minutes=1e-6", "--classifier-minutes=1e-6", "--batch=4"]
+    results = [f"--out={emoji / 'out'}", f"--snapshots={emoji / 'snapshots'}", "--threads=1"]
+    order = ("data", "vae", "vae_colour", "encode", "unet", "unet_core", "export", "classifier", "prompts", "sheet")
+    assert set(order) == set(STAGES)
+    for stage in order:
+        main([stage, *folders, *lengths, *results])
+    assert {path.name for path in (emoji / "out").iterdir()} == {
+        "demo.safetensors", "demo.yaml", "text_encoder_config.json", "subject_classifier.safetensors", "prompts.txt",
+        "prompts_heldout.txt", "contact_sheet.png",
+    }  # fmt: skip
+    assert (emoji / "snapshots" / "demo.safetensors").exists()
+    names = (emoji / "out" / "prompts.txt").read_text().split("\n")
+    assert len(load(emoji / "out" / "subject_classifier.safetensors").classes) == 5
+    assert set(filter(None, names)) < {name.lower() for name in CHOICE["core_subjects"]}
