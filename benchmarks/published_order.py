@@ -5,7 +5,8 @@
 Both sides sample the same pools with random weights and the same draws, choose the same pairs by the same scores (the
 mean of a channel of the predicted clean latent), and make one update on each batch of pairs.
 
-ours       sample_spo; one policy and one reference evaluation for a pair; the reference is the network, adapter off
+ours       sample_spo and pair_loss themselves: one policy and one reference evaluation for a pair; the reference is the
+           network, adapter off
 published  a plain transcription of the published order: the reference is a deep copy of the network; policy and
            reference are each run on the win and on the lose side, although both start from the same latent
 
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +57,9 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
         transition_log_density,
         transition_mean,
     )
-    from spo.algorithm.objective import spo_loss
+    from spo.algorithm.objective import pair_loss, spo_loss
     from spo.algorithm.pairs import Pairs
-    from spo.algorithm.rollout import RolloutSettings, sample_spo
+    from spo.algorithm.rollout import RolloutSettings, Scoring, sample_spo
     from spo.headless.host import repeat_conditioning
     from spo.lora.adapter import Adapter, modules_of_kinds
     from spo.rng import SeededDraws
@@ -86,7 +88,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     arguments = {"cond": text, "uncond": empty, "guidance_scale": 5.0}
 
     class Scorer:
-        name, needs_pixels = "mean of a channel", False
+        name, needs_pixels, needs_denoised = "mean of a channel", False, True
 
         def score(self, candidates: Any, prompts: Any) -> Any:
             return 100 * candidates.denoised[:, :, 0].mean((2, 3))
@@ -101,35 +103,39 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     size = options.latent_px
     rolled = sample_spo(
         policy, draws.initial((4, size, size)).to(device) * sigmas[0], sigmas, arguments,
-        settings=RolloutSettings(threshold=0.0), draws=draws, alphas_cumprod=alphas, preference=Scorer(), prompts=[""],
+        settings=RolloutSettings(threshold=0.0), draws=draws, alphas_cumprod=alphas, scoring=Scoring(Scorer(), [""]),
         repeat=repeat_conditioning,
     )  # fmt: skip
     assert rolled.pairs is not None
     sampled = clock()
 
-    def told(count: int) -> dict[str, Any]:
+    def repeated(count: int) -> dict[str, Any]:
         return {"cond": text.repeat(count), "uncond": empty.repeat(count), "guidance_scale": 5.0}
 
-    def log_densities(denoiser: Callable[..., Any], pairs: Pairs, x: Any, x_next: Any) -> Any:
-        noise = ancestral_step(pairs.sigma, pairs.sigma_next, 1.0)
-        mean = transition_mean(x, denoiser(x, pairs.sigma, **told(len(pairs))), pairs.sigma, noise.down)
-        return [transition_log_density(side, mean, noise.up) for side in x_next]
+    loss = partial(spo_loss, beta=10.0, ratio_clamp=0.1)
+
+    def adapter_on(x: Any, sigma: Any, image: Any, step: Any) -> Any:
+        return policy(x, sigma, **repeated(len(x)))
+
+    def adapter_off(x: Any, sigma: Any, image: Any, step: Any) -> Any:
+        with adapter.reference():
+            return adapter_on(x, sigma, image, step)
 
     def ours(pairs: Pairs) -> Any:
-        both = (pairs.next_win, pairs.next_lose)
-        with torch.no_grad(), adapter.reference():
-            reference = log_densities(policy, pairs, pairs.x_win, both)
-        win, lose = log_densities(policy, pairs, pairs.x_win, both)
-        return spo_loss(win - reference[0], lose - reference[1], 10.0, 0.1).loss.mean()
+        return pair_loss(adapter_on, adapter_off, pairs, loss).loss.mean()
+
+    def log_density(denoiser: Callable[..., Any], pairs: Pairs, x: Any, x_next: Any) -> Any:
+        noise = ancestral_step(pairs.sigma, pairs.sigma_next, 1.0)
+        mean = transition_mean(x, denoiser(x, pairs.sigma, **repeated(len(pairs))), pairs.sigma, noise.down)
+        return transition_log_density(x_next, mean, noise.up)
 
     def published(pairs: Pairs) -> Any:
         ratios = []
         for x, x_next in ((pairs.x_win, pairs.next_win), (pairs.x_lose, pairs.next_lose)):
             with torch.no_grad():
-                (reference,) = log_densities(denoiser_of(copied), pairs, x, (x_next,))
-            (trained,) = log_densities(policy, pairs, x, (x_next,))
-            ratios.append(trained - reference)
-        return spo_loss(ratios[0], ratios[1], 10.0, 0.1).loss.mean()
+                reference = log_density(denoiser_of(copied), pairs, x, x_next)
+            ratios.append(log_density(policy, pairs, x, x_next) - reference)
+        return loss(*ratios).loss.mean()
 
     loss_of = {"ours": ours, "published": published}[side]
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=6e-5)

@@ -65,7 +65,7 @@ def load(name: str) -> None:
 class MeanOfChannel:
     """Scores latents by the mean of channel 0, and keeps its own time."""
 
-    name, needs_pixels = "mean-of-channel", False
+    name, needs_pixels, needs_denoised = "mean-of-channel", False, True
 
     def __init__(self) -> None:
         self.seconds = 0.0

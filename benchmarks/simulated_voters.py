@@ -62,7 +62,8 @@ from spo.prompts import read_prompts
 from spo.report.grids import grid
 from spo.report.win_rate import win_rate
 from spo.rng import generator, stable_seed
-from spo.training.loop import rollout_settings, run_folder_of, train
+from spo.runs.layout import RunFiles
+from spo.training.loop import rollout_settings, train
 from spo.training.vote_pairs import make_pairs
 
 TASTES = ("colourful", "grey", "large")
@@ -325,7 +326,7 @@ def fit_taste_head(work: Path, taste: str, count: int) -> TasteHead:
 class ClipStyle:
     """The CLIP-style head as a `PreferenceModel`: it decodes the clean prediction of every candidate."""
 
-    name, needs_pixels = "clip-style", True
+    name, needs_pixels, needs_denoised = "clip-style", True, True
 
     def __init__(self, readers: list[Reader]) -> None:
         self.readers, self.vision = readers, VisionFeatures()
@@ -507,7 +508,7 @@ def time_rollouts(work: Path) -> None:
 
 
 def state_of(output: Path) -> Path:
-    return run_folder_of(output) / "state.safetensors"
+    return RunFiles.of(output).state
 
 
 def report(work: Path) -> None:

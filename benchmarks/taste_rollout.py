@@ -70,7 +70,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
 
     from spo.algorithm.denoiser import Conditioning, GuidedDenoiser
     from spo.algorithm.diffusion import scaled_linear_alphas_cumprod, sigma_ladder
-    from spo.algorithm.rollout import RolloutSettings, sample_spo
+    from spo.algorithm.rollout import RolloutSettings, Scoring, sample_spo
     from spo.headless.host import repeat_conditioning
     from spo.rng import SeededDraws
 
@@ -108,7 +108,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
         GuidedDenoiser(predict, alphas, "epsilon"), start, sigmas,
         {"cond": text, "uncond": empty, "guidance_scale": 5.0},
         settings=RolloutSettings(divert_start_step=options.divert_start_step), draws=draws, alphas_cumprod=alphas,
-        preference=preference, prompts=["a cat"], decode=decode, repeat=repeat_conditioning,
+        scoring=Scoring(preference, ["a cat"], decode), repeat=repeat_conditioning,
     )  # fmt: skip
     return {"seconds": clock() - began, "peak_bytes": peak_bytes(options.device), **counts}
 

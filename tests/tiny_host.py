@@ -10,7 +10,7 @@ from torch import Tensor
 from spo.algorithm.denoiser import Conditioning, GuidedDenoiser
 from spo.algorithm.diffusion import scaled_linear_alphas_cumprod
 from spo.algorithm.preference import Candidates
-from spo.algorithm.rollout import RolloutSettings, sample_spo
+from spo.algorithm.rollout import RolloutSettings, Scoring, sample_spo
 from spo.config import Config
 from spo.headless.host import repeat_conditioning
 from spo.lora.layer import LoraLayer
@@ -22,7 +22,7 @@ WIDTH = 32
 
 
 class TinyHost:
-    """A `trainer.Host` that needs no checkpoint file, no VAE and no text encoder: pictures are latents."""
+    """A `training.host.Host` that needs no checkpoint file, no VAE and no text encoder: pictures are latents."""
 
     architecture, naming, prediction_type = "sd15", "diffusers", "v_prediction"
     device = torch.device("cpu")
@@ -72,10 +72,8 @@ class TinyHost:
             settings=settings,
             draws=draws,
             alphas_cumprod=self.alphas_cumprod,
-            preference=preference,
-            prompts=prompts,
+            scoring=None if preference is None else Scoring(preference, prompts, watch=watch),
             repeat=repeat_conditioning,
-            watch=watch,
         )
 
     def denoise(self, x, sigma, prompts, step):
@@ -95,7 +93,7 @@ class TinyHost:
 class MeanOfChannel:
     """Prefers latents whose channel 0 is high: a taste with a known answer. `scale` turns it into log-odds."""
 
-    name, needs_pixels = "mean-of-channel", False
+    name, needs_pixels, needs_denoised = "mean-of-channel", False, True
 
     def __init__(self, scale: float = 20.0, then: Callable[[Tensor], Tensor] = lambda scores: scores) -> None:
         self.scale, self.then = scale, then

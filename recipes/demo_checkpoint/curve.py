@@ -18,7 +18,8 @@ from spo.demo.run import demo_config
 from spo.headless.compare import adapter_from_file
 from spo.headless.host import HeadlessHost, load_host, load_preference
 from spo.prompts import read_prompts
-from spo.training.loop import stages, train
+from spo.runs.layout import RunFiles, split_stage
+from spo.training.loop import train
 
 COLUMNS = (
     "learning_rate",
@@ -49,11 +50,11 @@ def judge_stages(folder: Path, learning_rate: float, steps: int, every: int) -> 
 
     base = judged(host)
     rows = []
-    for path in [*stages(output), output]:
+    for path in [*RunFiles.of(output).stages(), output]:
         adapter = adapter_from_file(host, path)
         verdict = judged(host)
         adapter.remove()
-        step = steps if path == output else int(path.stem.rpartition("-step")[2])
+        step = split_stage(path.stem)[1] or steps
         rate = taste_win_rate(verdict, base)
         values = (
             learning_rate, step, rate.rate, rate.low, rate.high, float(verdict.taste.mean()), verdict.recognised_share,

@@ -6,7 +6,7 @@ A denoiser is any callable `model(x, sigma, **extra_args) -> denoised`, the sign
     sigma     [N] float32 noise levels
     denoised  [N, C, H, W] the (guided) prediction of the clean latent x_0
 
-The WebUI's own CFG denoiser is one already. Headless, `CFGDenoiser` over an `EpsilonNetwork` is one.
+The WebUI's own CFG denoiser is one already. Headless, `GuidedDenoiser` is one.
 """
 
 from __future__ import annotations

@@ -18,21 +18,27 @@ class Candidates:
     x         [K, B, C, H, W] noisy latents, variance-exploding form
     sigma     the noise level of x, the same for all
     timestep  that noise level on the model's training schedule, 0 ... 999 (paper: t)
-    denoised  [K, B, C, H, W] the guided prediction of the clean latent at (x, sigma); x itself, not evaluated yet, for
-              a preference model that has `needs_denoised` off
+    denoised  [K, B, C, H, W] the guided prediction of the clean latent at (x, sigma); None where it was not evaluated,
+              `needs_denoised` being off. Of the last pool, the finished latents (see `rollout`)
     decode    [N, C, H, W] latents -> [N, 3, 8 H, 8 W] pictures in [-1, 1], float32
     """
 
     x: Tensor
     sigma: float
     timestep: float
-    denoised: Tensor
+    denoised: Tensor | None
     decode: Callable[[Tensor], Tensor]
+
+    def prediction(self) -> Tensor:
+        """`denoised`, for a preference model that needs it. Raises ValueError where it was not evaluated."""
+        if self.denoised is None:
+            raise ValueError("the clean latents were not predicted: the preference model has needs_denoised off")
+        return self.denoised
 
     @cached_property
     def _decoded(self) -> Tensor:
-        flat = self.decode(self.denoised.flatten(0, 1))
-        return flat.unflatten(0, self.denoised.shape[:2])
+        denoised = self.prediction()
+        return self.decode(denoised.flatten(0, 1)).unflatten(0, denoised.shape[:2])
 
     def pixels(self) -> Tensor:
         """[K, B, 3, height, width] decoded `denoised` in [-1, 1], float32; decoded at the first call only."""

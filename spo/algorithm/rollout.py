@@ -5,6 +5,8 @@ denoiser once a step: the evaluation of a pool at the next noise level serves th
 step of the candidate that goes on. A preference model that reads the noisy latents (`needs_denoised` off) scores them
 before that, and only the candidate that goes on is evaluated.
 
+The last pool is scored as it is, as published: its latents are finished, so they stand for their own prediction.
+
 Deliberate differences from the published code: pools may be restricted to a range of timesteps; a last window that
 does not fit its inner steps is scored where it ends; a transition that adds no noise (the last one of a ladder that
 ends at 0) draws no pool, because its candidates would all be the same.
@@ -61,6 +63,21 @@ class Draws(Protocol):
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """How pools are judged.
+
+    preference, prompts  the model and the B prompts that it judges by
+    decode  [N, C, H, W] latents -> [N, 3, 8 H, 8 W] pictures in [-1, 1]; needed by a model that looks at pictures
+    watch   called with every verdict
+    """
+
+    preference: PreferenceModel
+    prompts: Sequence[str]
+    decode: Callable[[Tensor], Tensor] | None = None
+    watch: Callable[[PoolVerdict], None] | None = None
+
+
+@dataclass(frozen=True)
 class PoolVerdict:
     """One scored pool, for whoever watches the rollout.
 
@@ -79,7 +96,7 @@ class PoolVerdict:
 
 @dataclass(frozen=True)
 class PoolScores:
-    """scores [K, B] float32 of the pool drawn at `step`, scored at `timestep`; kept [B] bool."""
+    """scores [K, B] float32 of the pool drawn at `step`, scored at `timestep`; kept [B] bool. On the CPU."""
 
     step: int
     timestep: float
@@ -89,9 +106,11 @@ class PoolScores:
 
 @dataclass(frozen=True)
 class Rollout:
-    """x [B, C, H, W] the final latents, ready to decode; pairs, None when none was kept; scores of every pool."""
+    """x [B, C, H, W] the final latents, ready to decode; sigma: the noise level that the ladder left them at; pairs,
+    None when none was kept; scores of every pool."""
 
     x: Tensor
+    sigma: float
     pairs: Pairs | None
     pools: tuple[PoolScores, ...]
 
@@ -135,11 +154,8 @@ def sample_spo(
     settings: RolloutSettings,
     draws: Draws,
     alphas_cumprod: Tensor,
-    preference: PreferenceModel | None = None,
-    prompts: Sequence[str] = (),
-    decode: Callable[[Tensor], Tensor] | None = None,
+    scoring: Scoring | None = None,
     repeat: Callable[[Mapping[str, Any], int], Mapping[str, Any]] | None = None,
-    watch: Callable[[PoolVerdict], None] | None = None,
 ) -> Rollout:
     """Sample B images step by step and collect the win-lose pairs of every pool on the way.
 
@@ -150,78 +166,97 @@ def sample_spo(
     callback    k-diffusion's, once a step with {"x", "i", "sigma", "sigma_hat", "denoised"} of the B latents
     disable     k-diffusion's switch of its progress bar; not used
     alphas_cumprod  [1000] the network's training schedule, to name timesteps
-    preference, prompts  scores the pools; None only with settings.candidates = 1
-    decode      latents -> pictures in [-1, 1], needed when the preference model looks at pictures
-    watch       called with every verdict
+    scoring     how pools are judged; None only with settings.candidates = 1
 
     The final latent is handed back as the VAE expects it, in the variance-preserving form (the same when the ladder
-    ends at 0); the last pool is scored on it as it is, at the last sigma's timestep (paper.md: "scored as it is").
-    Raises SpoError when a network's output is not finite.
+    ends at 0). Raises SpoError when a network's output or a score is not finite.
     """
-    extra = dict(extra_args or {})
     windows = dict(pool_starts(sigmas, alphas_cumprod, settings))
-    if windows and preference is None:
+    if windows and scoring is None:
         raise SpoError("A pool of candidates needs a preference model; none was given.")
     ladder = sigmas.double().cpu()
-    timesteps = timestep_of_sigma(ladder, alphas_cumprod.cpu()).tolist()
-    steps = ancestral_step(ladder[:-1], ladder[1:], settings.eta)
-    last = len(sigmas) - 2
+    walk = _Walk(
+        model, dict(extra_args or {}), repeat, callback, draws, settings, sigmas, ladder,
+        timestep_of_sigma(ladder, alphas_cumprod.cpu()).tolist(),
+        ancestral_step(ladder[:-1], ladder[1:], settings.eta),
+    )  # fmt: skip
+    pairs: list[Pairs] = []
+    pools: list[PoolScores] = []
+    latents = x[None]  # [K, B, ...], K = 1 outside a window
+    denoised = walk.denoise(latents, 0)
+    step = 0
+    while step < walk.steps:
+        if step in windows:
+            assert scoring is not None
+            window = _window(walk, latents, denoised, step, windows[step], scoring)
+            latents, denoised = window.latents, window.denoised
+            pairs.extend(window.pairs)
+            pools.append(window.scores)
+            step = windows[step] + 1
+        else:
+            latents = walk.advance(latents, denoised, step)
+            step += 1
+            denoised = walk.denoise(latents, step) if step < walk.steps else walk.finished(latents)
+    kept = Pairs.cat(pairs) if pairs else None
+    return Rollout(denoised[0], float(ladder[-1]), kept if kept is not None and len(kept) else None, tuple(pools))
 
-    scores_noisy = not getattr(preference, "needs_denoised", True)
 
-    def denoise(latents: Tensor, level: int) -> Tensor:
-        denoised = _denoise(model, latents, sigmas[level], extra, repeat, settings.candidates_per_call)
+@dataclass(frozen=True)
+class _Walk:
+    """One walk down the ladder: what every step of it needs.
+
+    sigmas [T + 1] as given; ladder: the same in float64 on the CPU; timesteps: of each level; step_noise: of each step
+    """
+
+    model: Callable[..., Tensor]
+    extra: Mapping[str, Any]
+    repeat: Callable[[Mapping[str, Any], int], Mapping[str, Any]] | None
+    callback: Callable[[dict[str, Any]], None] | None
+    draws: Draws
+    settings: RolloutSettings
+    sigmas: Tensor
+    ladder: Tensor
+    timesteps: list[float]
+    step_noise: AncestralStep
+
+    @property
+    def steps(self) -> int:
+        """T; levels are numbered 0 ... T, and step n leads from level n to level n + 1."""
+        return len(self.sigmas) - 1
+
+    def denoise(self, latents: Tensor, level: int) -> Tensor:
+        """[K, B, ...] latents at a level -> denoised [K, B, ...], `candidates_per_call` candidates in one call."""
+        parts = []
+        for chunk in latents.split(self.settings.candidates_per_call or len(latents)):
+            count = len(chunk)
+            if count > 1 and self.repeat is None and self.extra:
+                raise SpoError("A pool of candidates needs `repeat` to repeat the denoiser's arguments; none given.")
+            extra = self.repeat(self.extra, count) if count > 1 and self.repeat is not None else self.extra
+            flat = chunk.flatten(0, 1)
+            sigma = self.sigmas[level] * flat.new_ones(len(flat))
+            parts.append(self.model(flat, sigma, **extra).unflatten(0, chunk.shape[:2]))
+        denoised = torch.cat(parts)
         if not bool(torch.isfinite(denoised).all()):
             raise SpoError(
-                f"The network's output is not finite at step {level} (timestep {timesteps[level]:.0f}): "
+                f"The network's output is not finite at step {level} (timestep {self.timesteps[level]:.0f}): "
                 "use float32 or bfloat16, a VAE or checkpoint without overflow, or a lower learning rate."
             )
         return denoised
 
-    latents = x[None]  # [K, B, ...], K = 1 outside a window
-    denoised = denoise(latents, 0)
-    pairs: list[Pairs] = []
-    pools: list[PoolScores] = []
-    path: list[_Transition] = []
-    window = (-1, -1)
-    for step in range(last + 1):
-        if callback is not None:
-            sigma = sigmas[step]
-            callback({"x": latents[0], "i": step, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised[0]})
-        if step in windows:
-            window, path = (step, windows[step]), []
-            latents, denoised = (value.expand(settings.candidates, *value.shape[1:]) for value in (latents, denoised))
-        following = _advance(latents, denoised, ladder, steps, step, draws)
-        if step <= window[1]:
-            path.append(_Transition(step, latents, following))
-        latents = following
-        waits = scores_noisy and step == window[1] and step < last
-        if waits:
-            denoised = latents
-        elif step < last:
-            denoised = denoise(latents, step + 1)
-        else:
-            flat = latents.flatten(0, 1)
-            final = network_input(flat, ladder[-1].expand(len(flat)).to(flat.device))
-            denoised = final.to(latents.dtype).unflatten(0, latents.shape[:2])
-        if step != window[1]:
-            continue
-        assert preference is not None
-        pool = Candidates(latents, float(ladder[step + 1]), timesteps[step + 1], denoised, _decoder(decode))
-        scores = preference.score(pool, prompts).float()
-        if not bool(torch.isfinite(scores).all()):
-            raise SpoError(f'The preference model "{preference.name}" gave a score that is not finite at step {step}.')
-        selection = select_pairs(scores, settings.threshold)
-        pairs.extend(_pairs_of(transition, selection, sigmas) for transition in path)
-        pools.append(PoolScores(window[0], pool.timestep, scores.cpu(), selection.kept.cpu()))
-        parents = draws.parents(step, settings.candidates).to(latents.device)
-        if watch is not None:
-            watch(PoolVerdict(window[0], pool.timestep, pool, scores, selection, parents))
-        latents, denoised = (_take(value, parents)[None] for value in (latents, denoised))
-        if waits:
-            denoised = denoise(latents, step + 1)
-    kept = Pairs.cat(pairs) if pairs else None
-    return Rollout(denoised[0], kept if kept is not None and len(kept) else None, tuple(pools))
+    def advance(self, latents: Tensor, denoised: Tensor, step: int) -> Tensor:
+        """One ancestral step of [K, B, ...] latents. Candidates of a fresh pool share their parent, not their noise."""
+        if self.callback is not None:
+            sigma, one = self.sigmas[step], {"x": latents[0], "i": step, "denoised": denoised[0]}
+            self.callback({**one, "sigma": sigma, "sigma_hat": sigma})
+        mean = transition_mean(latents, denoised, self.ladder[step], self.step_noise.down[step]).to(latents.dtype)
+        up = float(self.step_noise.up[step])
+        return mean + up * self.draws.noise(step, len(latents), latents[0]) if up > 0 else mean
+
+    def finished(self, latents: Tensor) -> Tensor:
+        """[K, B, ...] latents at the last level, as the VAE expects them: in the variance-preserving form."""
+        flat = latents.flatten(0, 1)
+        final = network_input(flat, self.ladder[-1].expand(len(flat)).to(flat.device))
+        return final.to(latents.dtype).unflatten(0, latents.shape[:2])
 
 
 @dataclass(frozen=True)
@@ -233,6 +268,51 @@ class _Transition:
     x_next: Tensor
 
 
+@dataclass(frozen=True)
+class _Window:
+    """What a window leaves: latents, denoised [1, B, ...] of the candidate that goes on; its pairs and scores."""
+
+    latents: Tensor
+    denoised: Tensor
+    pairs: list[Pairs]
+    scores: PoolScores
+
+
+def _window(walk: _Walk, latents: Tensor, denoised: Tensor, first: int, last: int, scoring: Scoring) -> _Window:
+    """Draw a pool from [1, B, ...] at step `first`, walk it to the end of step `last`, judge it, choose who goes on."""
+    settings, preference = walk.settings, scoring.preference
+    latents, denoised = (value.expand(settings.candidates, *value.shape[1:]) for value in (latents, denoised))
+    path = []
+    for step in range(first, last + 1):
+        following = walk.advance(latents, denoised, step)
+        path.append(_Transition(step, latents, following))
+        latents = following
+        if step < last:
+            denoised = walk.denoise(latents, step + 1)
+
+    # the verdict, at the level where the window ends
+    level = last + 1
+    predicted: Tensor | None = None
+    if level == walk.steps:
+        predicted = walk.finished(latents)
+    elif preference.needs_denoised:
+        predicted = walk.denoise(latents, level)
+    pool = Candidates(latents, float(walk.ladder[level]), walk.timesteps[level], predicted, _decoder(scoring.decode))
+    scores = preference.score(pool, scoring.prompts).float()
+    if not bool(torch.isfinite(scores).all()):
+        raise SpoError(f'The preference model "{preference.name}" gave a score that is not finite at step {last}.')
+    selection = select_pairs(scores, settings.threshold)
+    pairs = [_pairs_of(transition, selection, walk.sigmas) for transition in path]
+
+    # the next parent: at random, never the best (paper, ablation)
+    parents = walk.draws.parents(last, settings.candidates).to(latents.device)
+    if scoring.watch is not None:
+        scoring.watch(PoolVerdict(first, pool.timestep, pool, scores, selection, parents))
+    latents = _take(latents, parents)[None]
+    denoised = walk.denoise(latents, level) if predicted is None else _take(predicted, parents)[None]
+    return _Window(latents, denoised, pairs, PoolScores(first, pool.timestep, scores.cpu(), selection.kept.cpu()))
+
+
 def _decoder(decode: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
     if decode is not None:
         return decode
@@ -241,35 +321,6 @@ def _decoder(decode: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Te
         raise SpoError("This preference model looks at pictures, and the rollout was given no decoder.")
 
     return refuse
-
-
-def _denoise(
-    model: Callable[..., Tensor],
-    latents: Tensor,
-    sigma: Tensor,
-    extra: Mapping[str, Any],
-    repeat: Callable[[Mapping[str, Any], int], Mapping[str, Any]] | None,
-    per_call: int,
-) -> Tensor:
-    """[K, B, ...] -> denoised [K, B, ...], at most `per_call` candidates in one call of the model."""
-    parts = []
-    for chunk in latents.split(per_call or len(latents)):
-        count = len(chunk)
-        if count > 1 and repeat is None and extra:
-            raise SpoError("A pool of candidates needs `repeat` to repeat the denoiser's arguments; none was given.")
-        arguments = repeat(extra, count) if count > 1 and repeat is not None else extra
-        flat = chunk.flatten(0, 1)
-        parts.append(model(flat, sigma * flat.new_ones(len(flat)), **arguments).unflatten(0, chunk.shape[:2]))
-    return torch.cat(parts)
-
-
-def _advance(
-    latents: Tensor, denoised: Tensor, ladder: Tensor, steps: AncestralStep, step: int, draws: Draws
-) -> Tensor:
-    """One ancestral step of [K, B, ...] latents. Candidates of a fresh pool share their parent and differ in noise."""
-    mean = transition_mean(latents, denoised, ladder[step], steps.down[step]).to(latents.dtype)
-    up = float(steps.up[step])
-    return mean + up * draws.noise(step, len(latents), latents[0]) if up > 0 else mean
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from spo.config import read_config_file, settings
 from spo.errors import SpoError
 from spo.presets import NAMED
-from spo.training.loop import run_folder_of
+from spo.runs.layout import RunFiles
 
 
 def add_settings(parser: argparse.ArgumentParser, *wanted: str) -> None:
@@ -45,7 +45,7 @@ def given_values(options: argparse.Namespace) -> dict[str, Any]:
     if getattr(options, "preset", None):
         values |= NAMED[options.preset].values
     if getattr(options, "resume", False) and hasattr(options, "output"):
-        saved = run_folder_of(options.output, getattr(options, "run_folder", "")) / "config.json"
+        saved = RunFiles.of(options.output, getattr(options, "run_folder", "")).config
         values |= read_config_file(saved) if saved.exists() else {}
     if getattr(options, "config", None):
         values |= read_config_file(options.config)

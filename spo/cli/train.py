@@ -55,8 +55,8 @@ def train_headless(config: Config, prompts: Sequence[str], *, resume: bool) -> i
     with progress_bar() as watcher:
         preference = load_preference(config, host, watcher.log)
         report = train(host, config, prompts, preference, watcher, resume=resume)
-    picture = report.run_folder / "curves.png"
-    curves(report.run_folder / "metrics.csv", picture)
+    picture = report.files.curves
+    curves(report.files.metrics, picture)
     if report.finished and report.output is None:
         print(
             f"No pair was kept in {report.steps} updates, so there is no LoRA: "

@@ -129,7 +129,7 @@ def _train_clip(options: argparse.Namespace) -> int:
     with progress_bar() as watcher:
         report = train_clip(model, host, source, training, watcher, labeller=labeller, resume=resume)
     if report.accuracy:
-        measured, curves = report.run_folder / "accuracy.csv", report.run_folder / "accuracy.png"
+        measured, curves = report.files.accuracy, report.files.accuracy_curves
         accuracy_curves(measured, curves)
         print(f"{accuracy_table(measured)}\ncurves  {curves}")
     if not report.finished:

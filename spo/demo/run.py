@@ -20,6 +20,7 @@ from spo.prompts import read_prompts
 from spo.report.curves import curves
 from spo.report.grids import grid
 from spo.report.tables import table
+from spo.runs.layout import RunFiles
 
 CHECKPOINT = HERE / "demo.safetensors"
 
@@ -44,7 +45,7 @@ def run_demo(folder: Path, watched: Callable[[], AbstractContextManager[Watcher]
     watched  opens what shows the progress of training
     """
     from spo.headless.host import load_host, load_preference
-    from spo.training.loop import run_folder_of, train
+    from spo.training.loop import train
 
     began = time.monotonic()
     config = demo_config(folder, {"steps": steps} if steps else None)
@@ -59,16 +60,16 @@ def run_demo(folder: Path, watched: Callable[[], AbstractContextManager[Watcher]
         raise SpoError(f'the folder "{folder}" cannot be made: {error.strerror}.') from error
     host = load_host(config)
     preference = load_preference(config, host)
-    state = run_folder_of(output) / "state.spo"
+    files = RunFiles.of(output)
     if not output.exists():
         print(f"Training a LoRA for the demo checkpoint: {config.optimizer.steps} updates, a few minutes on two cores.")
         with watched() as watcher:
             training_prompts = read_prompts(config.prompt.prompts)
-            report = train(host, config, training_prompts, preference, watcher, resume=state.exists())
+            report = train(host, config, training_prompts, preference, watcher, resume=files.state.exists())
         if not report.finished:
             print(f"Stopped after {report.steps} updates; run the same command again to go on.")
             return 130
-    curves(run_folder_of(output) / "metrics.csv", folder / "curves.png")
+    curves(files.metrics, folder / "curves.png")
 
     print("Judging base and LoRA on 64 held-out prompt-and-seed pairs ...")
     prompts, seeds = held_out()

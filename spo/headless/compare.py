@@ -40,8 +40,9 @@ def samples(
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
     for first in range(0, len(prompts), batch):
         told = prompts[first : first + batch]
-        latents = host.rollout(told, seeds[first : first + batch], plain, None, None).x
-        pool = Candidates(latents[None], float(host.sigmas[-1]), 0.0, latents[None], host.decode)
+        rolled = host.rollout(told, seeds[first : first + batch], plain, None, None)
+        latents = rolled.x
+        pool = Candidates(latents[None], rolled.sigma, 0.0, latents[None], host.decode)
         pixels = pool.pixels()[0]
         parts.append((latents.cpu(), pixels.cpu(), preference.score(pool, told)[0].cpu()))
     return Samples(*(torch.cat(part) for part in zip(*parts, strict=True)))

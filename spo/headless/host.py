@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spo.algorithm.denoiser import Conditioning, GuidedDenoiser
 from spo.algorithm.preference import PreferenceModel
-from spo.algorithm.rollout import PoolVerdict, Rollout, RolloutSettings, sample_spo
+from spo.algorithm.rollout import PoolVerdict, Rollout, RolloutSettings, Scoring, sample_spo
 from spo.checkpoint.hashes import short_hash
 from spo.config import Config
 from spo.headless.device import choose_device, choose_dtype
@@ -29,7 +29,7 @@ def repeat_conditioning(extra_args: Mapping[str, Any], count: int) -> Mapping[st
 
 
 class HeadlessHost:
-    """A `trainer.Host` over a `DiffusersModel`."""
+    """A `training.host.Host` over a `DiffusersModel`."""
 
     naming = "diffusers"
 
@@ -93,7 +93,7 @@ class HeadlessHost:
         preference: PreferenceModel | None,
         watch: Callable[[PoolVerdict], None] | None,
     ) -> Rollout:
-        """Sample one picture for each prompt; see `trainer.Host`."""
+        """Sample one picture for each prompt; see `training.host.Host`."""
         draws = SeededDraws(seeds)
         return sample_spo(
             self.denoiser,
@@ -103,15 +103,12 @@ class HeadlessHost:
             settings=settings,
             draws=draws,
             alphas_cumprod=self.alphas_cumprod,
-            preference=preference,
-            prompts=prompts,
-            decode=self.decode,
+            scoring=None if preference is None else Scoring(preference, prompts, self.decode, watch),
             repeat=repeat_conditioning,
-            watch=watch,
         )
 
     def denoise(self, x: Tensor, sigma: Tensor, prompts: Sequence[str], step: Tensor) -> Tensor:
-        """Denoised latents for the training step; see `trainer.Host`."""
+        """Denoised latents for the training step; see `training.host.Host`."""
         if not self.config.loss.train_guidance:
             return self.denoiser(x, sigma, self.conditioning(prompts))
         return self.denoiser(x, sigma, **self.arguments(prompts))
@@ -135,12 +132,12 @@ class HeadlessHost:
         return torch.cat(pictures)
 
     def set_gradient_checkpointing(self, on: bool) -> None:
-        """See `trainer.Host`."""
+        """See `training.host.Host`."""
         self.model.set_gradient_checkpointing(on)
 
 
 def load_host(config: Config) -> HeadlessHost:
-    """Load the configured checkpoint. Raises SpoError for what `diffusers_host.load_model` refuses."""
+    """Load the configured checkpoint. Raises SpoError for what `load.load_model` refuses."""
     from spo.headless.load import load_model
 
     device = choose_device(config.model.device)

@@ -52,8 +52,7 @@ class LatentCNN(nn.Module):
     @torch.no_grad()
     def score(self, candidates: Candidates, prompts: Sequence[str]) -> Tensor:
         """[K, B] float32; see `PreferenceModel`."""
-        denoised = candidates.denoised
-        assert denoised is not None
+        denoised = candidates.prediction()
         flat = denoised.flatten(0, 1).float()
         timesteps = torch.full((len(flat),), candidates.timestep, device=flat.device)
         return self(flat, timesteps).unflatten(0, denoised.shape[:2])

@@ -37,7 +37,7 @@ class SmallDecode:
         """[K, B]; see `PreferenceModel`."""
         small = replace(candidates, decode=lambda latents: candidates.decode(shrunk(latents, self.image_px)))
         scores = self.model.score(small, prompts)
-        if self.checked < CHECKED_POOLS and min(candidates.denoised.shape[-2:]) * 8 > self.image_px:
+        if self.checked < CHECKED_POOLS and min(candidates.x.shape[-2:]) * 8 > self.image_px:
             self._compare(scores, self.model.score(candidates, prompts))
         return scores
 

@@ -6,7 +6,6 @@ not meet in its global state.
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo.errors import SpoError
 from spo.files import write_whole
 from spo.report.grids import INK, MUTED
+from spo.runs.metrics import TIMESTEP_PREFIX, TITLES, read_metrics
 
 if TYPE_CHECKING:
     import numpy as np
 
 FAINT = "#e4e7ec"
 _RUN_COLOURS = ("#2563eb", "#e8590c", "#0f9d58", "#9333ea", "#0891b2", "#be185d", "#7c6f00", "#475569")
-_TIMESTEP_COLUMN = re.compile(r"preference_t(\d+)")
+_TIMESTEP_COLUMN = re.compile(rf"{TIMESTEP_PREFIX}(\d+)")
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,11 @@ _PANELS = (
     _Panel("Pools whose verdict was kept (%)", {"kept_share": ""}, scale=100, from_zero=True),
     _Panel("Density ratio, policy / reference", {"ratio_win": "win", "ratio_lose": "lose"}, level=1.0),
     _Panel("Pairs with a clamped ratio (%)", {"ratio_clamped_share": ""}, scale=100, from_zero=True),
-    _Panel("Loss", {"loss": ""}, level=math.log(2), level_name="ln 2: no preference yet"),
-    _Panel("Gradient norm", {"gradient_norm": ""}, from_zero=True),
-    _Panel("Learning rate", {"learning_rate": ""}, from_zero=True),
-    _Panel("Pictures per second, in all", {"images_per_s": ""}, from_zero=True),
-    _Panel("Pairs per second, in training", {"pairs_per_s": ""}, from_zero=True),
+    _Panel(TITLES["loss"], {"loss": ""}, level=math.log(2), level_name="ln 2: no preference yet"),
+    _Panel(TITLES["gradient_norm"], {"gradient_norm": ""}, from_zero=True),
+    _Panel(TITLES["learning_rate"], {"learning_rate": ""}, from_zero=True),
+    _Panel(TITLES["images_per_s"], {"images_per_s": ""}, from_zero=True),
+    _Panel(TITLES["pairs_per_s"], {"pairs_per_s": ""}, from_zero=True),
 )
 
 
@@ -99,27 +98,13 @@ def _run_name(path: Path) -> str:
 def _read_run(label: str, path: Path, colour: str) -> _Run:
     import numpy as np
 
-    try:
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            rows = list(csv.DictReader(file))
-    except FileNotFoundError as error:
-        raise SpoError(f'there is no "{path}": curves are drawn from the metrics.csv in a run\'s folder.') from error
-    except (OSError, csv.Error) as error:
-        raise SpoError(f'"{path}" cannot be read ({error}).') from error
-    names = list(dict.fromkeys(name for row in rows for name in row if name))
-    columns = {name: np.array([_number(row.get(name)) for row in rows], dtype=float) for name in names}
+    rows = read_metrics(path)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: np.array([row.get(name, math.nan) for row in rows], dtype=float) for name in names}
     steps = columns.get("step", np.full(len(rows), np.nan))
     if not np.isfinite(steps).all():
         steps = np.arange(1.0, len(rows) + 1)
     return _Run(label, colour, steps, columns)
-
-
-def _number(cell: object) -> float:
-    try:
-        value = float(str(cell))
-    except ValueError:
-        return math.nan
-    return value if math.isfinite(value) else math.nan
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
@@ -193,7 +178,7 @@ def _legend(axes: Any, large: bool = False) -> None:
 
 
 def _draw_preference(axes: Any, runs: Sequence[_Run]) -> None:
-    _style(axes, "Mean preference score of the candidates", x_label="update", large=True)
+    _style(axes, TITLES["preference_mean"], x_label="update", large=True)
     drawn = False
     for run in runs:
         values = run.column("preference_mean")
@@ -212,7 +197,7 @@ def _draw_timestep_map(axes: Any, runs: Sequence[_Run]) -> None:
 
     run = runs[0]
     _style(axes, "Gain in score by timestep", x_label="update", large=True)
-    scores = {timestep: run.column(f"preference_t{timestep}") for timestep in run.timesteps()}
+    scores = {timestep: run.column(f"{TIMESTEP_PREFIX}{timestep}") for timestep in run.timesteps()}
     gains = {t: _running_mean(values) - _ends(values)[0] for t, values in scores.items() if np.isfinite(values).any()}
     if not gains:
         return _say_empty(axes)
@@ -236,7 +221,7 @@ def _draw_timestep_lines(axes: Any, runs: Sequence[_Run]) -> None:
     if not timesteps:
         return _say_empty(axes)
     for run in runs:
-        ends = [_ends(run.column(f"preference_t{timestep}")) for timestep in timesteps]
+        ends = [_ends(run.column(f"{TIMESTEP_PREFIX}{timestep}")) for timestep in timesteps]
         points = [(place, last - first) for place, (first, last) in enumerate(ends) if math.isfinite(first)]
         places, gains = zip(*points, strict=True) if points else ((), ())
         axes.plot(places, gains, "o-", color=run.colour, linewidth=1.9, markersize=3.5, label=run.label)

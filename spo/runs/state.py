@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,44 +88,6 @@ def restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "tuple" in value:
         return tuple(restore(entry, tensors) for entry in value["tuple"])
     return {key: restore(entry, tensors) for key, entry in value["items"]}
-
-
-class MetricsFile:
-    """metrics.csv: one row for each rollout and its training. Columns that appear later are added for all rows."""
-
-    def __init__(self, path: Path, keep_batches: int | None = None) -> None:
-        """Of an existing file the rows of the first `keep_batches` rollouts stay; a resumed run repeats the others."""
-        self.path = path
-        self.rows: list[dict[str, str]] = []
-        if keep_batches is not None and path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["batch"]) < keep_batches]
-        self._write()
-
-    def add(self, row: Mapping[str, object]) -> None:
-        """Append a row; numbers are written in full precision."""
-        self.rows.append({name: "" if value is None else str(value) for name, value in row.items()})
-        known = self._columns(self.rows[:-1])
-        if list(self.rows[-1]) == known:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, known, lineterminator="\n").writerow(self.rows[-1])
-        else:
-            self._write()
-
-    def _write(self) -> None:
-        def write(temporary: Path) -> None:
-            with temporary.open("w", newline="", encoding="utf-8") as file:
-                columns = self._columns(self.rows)
-                writer = csv.DictWriter(file, columns, lineterminator="\n")
-                if columns:
-                    writer.writeheader()
-                writer.writerows(self.rows)
-
-        write_whole(self.path, write)
-
-    @staticmethod
-    def _columns(rows: Iterable[Mapping[str, str]]) -> list[str]:
-        return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def keep_newest(paths: Sequence[Path], count: int) -> None:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +34,10 @@ from spo.preference.clip.step_aware import StepAwareCLIP, is_step_aware_clip, re
 from spo.preference.clip.towers import check_tensors, clip_shape, read_clip_config, token_ids
 from spo.progress import Progress, Watcher
 from spo.rng import generator
-from spo.runs.state import MetricsFile, RunState, flatten, load_state, restore, save_state
+from spo.runs.layout import RunFiles
+from spo.runs.metrics import MetricsFile
+from spo.runs.state import RunState, flatten, load_state, restore, save_state
+from spo.training.host import Host
 
 MEASURED_TIMESTEPS = (0, 251, 501, 701, 951)
 # architecture -> what the paper used; the rest of the defaults is the same for both
@@ -95,33 +98,6 @@ class ClipTraining:
             raise SpoError(f'output is "{self.output}"; accepted is a name that ends in .safetensors.')
 
 
-class PredictionHost(Protocol):
-    """What training needs of a diffusion model, all without gradient. `headless.HeadlessHost` is one."""
-
-    architecture: str
-    checkpoint_name: str
-    device: torch.device
-
-    @property
-    def alphas_cumprod(self) -> Tensor: ...
-
-    def prepare(self, prompts: Sequence[str]) -> None:
-        """Encode these prompts; the next calls use no others."""
-        ...
-
-    def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
-        """[N, 3, H, W] in [-1, 1] and standard normal noise like the latents -> [N, C, h, w] latents."""
-        ...
-
-    def denoise(self, x: Tensor, sigma: Tensor, prompts: Sequence[str], step: Tensor) -> Tensor:
-        """[N, C, h, w] guided clean prediction at (x, sigma [N]); see `trainer.Host`."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """[N, C, h, w] -> [N, 3, H, W] in [-1, 1], float32."""
-        ...
-
-
 @dataclass(frozen=True)
 class Accuracy:
     """share: of `pairs` held-out pairs without ties, those whose winner has the higher score at this timestep."""
@@ -140,7 +116,7 @@ class ClipTrainingReport:
     output: Path | None
     accuracy: tuple[Accuracy, ...]
     skipped: int
-    run_folder: Path
+    files: RunFiles
 
 
 # ---------------------------------------------------------------------------------------------- start
@@ -176,7 +152,7 @@ def _with_time(file: TensorFile, name: str, seed: int) -> StepAwareCLIP:
 
 @torch.no_grad()
 def predicted_pictures(
-    host: PredictionHost, pictures: Tensor, captions: Sequence[str], timesteps: Tensor, position: tuple[int | str, ...]
+    host: Host, pictures: Tensor, captions: Sequence[str], timesteps: Tensor, position: tuple[int | str, ...]
 ) -> Tensor:
     """What the diffusion model makes of noised pairs, decoded: [N, 2, 3, H, W] in [-1, 1], float32.
 
@@ -207,7 +183,7 @@ def pair_scores(model: StepAwareCLIP, pictures: Tensor, captions: Sequence[str],
 @torch.no_grad()
 def accuracy_by_timestep(
     model: StepAwareCLIP,
-    host: PredictionHost,
+    host: Host,
     pairs: Sequence[PicturePair],
     settings: ClipTraining,
     timesteps: Sequence[int] = MEASURED_TIMESTEPS,
@@ -261,14 +237,14 @@ def learning_rate(settings: ClipTraining, step: int) -> float:
 
 def check_output(settings: ClipTraining) -> None:
     """Raises SpoError when a file or a run of that name exists and may not be replaced; asked before all loading."""
-    for path in (settings.output, settings.output.with_suffix(".spo") / "state.safetensors"):
+    for path in (settings.output, RunFiles.of(settings.output).state):
         if path.exists() and not settings.replace:
             raise exists_already(path)
 
 
 def train_clip(
     model: StepAwareCLIP,
-    host: PredictionHost,
+    host: Host,
     source: PairSource,
     settings: ClipTraining,
     watcher: Watcher,
@@ -291,7 +267,7 @@ class _Run:
     def __init__(
         self,
         model: StepAwareCLIP,
-        host: PredictionHost,
+        host: Host,
         source: PairSource,
         settings: ClipTraining,
         watcher: Watcher,
@@ -300,8 +276,8 @@ class _Run:
     ) -> None:
         self.host, self.source, self.settings, self.watcher = host, source, settings, watcher
         self.labeller = labeller
-        self.folder = settings.output.with_suffix(".spo")
-        self.state_path = self.folder / "state.safetensors"
+        self.files = RunFiles.of(settings.output)
+        self.folder, self.state_path = self.files.folder, self.files.state
         if not resume:
             check_output(settings)
         self.model = model.to(host.device)
@@ -317,8 +293,8 @@ class _Run:
         if resume:
             self._restore(load_state(self.state_path))
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = MetricsFile(self.folder / "metrics.csv", keep_batches=self.step if resume else None)
-        self.measured = MetricsFile(self.folder / "accuracy.csv", keep_batches=self.step + 1 if resume else None)
+        self.metrics = MetricsFile(self.files.metrics, keep_batches=self.step if resume else None)
+        self.measured = MetricsFile(self.files.accuracy, keep_batches=self.step + 1 if resume else None)
         self.began_s, self.began_step = time.monotonic(), self.step
 
     def train(self) -> ClipTrainingReport:
@@ -465,7 +441,7 @@ class _Run:
                 f"{self.source.skipped} pairs were skipped, for a picture or label that is broken or missing."
             )
         output = self.settings.output if finished else None
-        return ClipTrainingReport(finished, self.step, output, self.accuracy, self.source.skipped, self.folder)
+        return ClipTrainingReport(finished, self.step, output, self.accuracy, self.source.skipped, self.files)
 
 
 def _tensors(pairs: Sequence[PicturePair], settings: ClipTraining) -> Tensor:

@@ -16,20 +16,15 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from spo.algorithm.diffusion import (
-    ancestral_step,
-    checked_ladder,
-    sigma_ladder,
-    transition_log_density,
-    transition_mean,
-)
-from spo.algorithm.objective import PairLoss, spo_loss
+from spo.algorithm.diffusion import checked_ladder, sigma_ladder
+from spo.algorithm.objective import PairLoss, pair_loss, spo_loss
 from spo.algorithm.pairs import Pairs
 from spo.algorithm.preference import PreferenceModel
 from spo.algorithm.rollout import PoolScores, PoolVerdict, Rollout, RolloutSettings
@@ -46,7 +41,9 @@ from spo.lora.write import write_lora
 from spo.progress import Progress, StopRequested, Watcher
 from spo.report.grids import grid
 from spo.rng import permutation, stable_seed
-from spo.runs.state import MetricsFile, RunState, flatten, keep_newest, load_state, restore, save_state
+from spo.runs.layout import RunFiles
+from spo.runs.metrics import MetricsFile
+from spo.runs.state import RunState, flatten, keep_newest, load_state, restore, save_state
 from spo.training.host import Host
 from spo.training.memory import Portions, retry_with_less
 
@@ -65,7 +62,7 @@ class TrainingReport:
     finished: bool
     steps: int
     output: Path | None
-    run_folder: Path
+    files: RunFiles
     seconds: float
 
 
@@ -95,11 +92,6 @@ class BatchStatistics:
     rollout_seconds: float = 0.0
     pairs: int = 0
     images: int = 0
-
-
-def run_folder_of(output: str | Path, run_folder: str = "") -> Path:
-    """Where a run keeps its state, metrics, samples: `run_folder`, or `NAME.spo` beside NAME.safetensors."""
-    return Path(run_folder) if run_folder else Path(output).with_suffix(".spo")
 
 
 def batches_per_epoch(prompts: int, config: Config) -> int:
@@ -142,30 +134,18 @@ def ladder_of(config: Config, alphas_cumprod: Tensor) -> Tensor:
     return checked_ladder(numbers)
 
 
-def pair_loss(host: Host, adapter: Adapter, pairs: Pairs, prompts: Sequence[str], config: Config) -> PairLoss:
-    """The SPO loss of P pairs, with gradient to the adapter. Paper, eq. 8.
+def loss_of_pairs(host: Host, adapter: Adapter, pairs: Pairs, prompts: Sequence[str], config: Config) -> PairLoss:
+    """`pair_loss` of P pairs as configured. prompts: of the rollout's images; pairs.image points into them."""
 
-    One evaluation of policy and reference for each pair with a shared x, two for the others (inner steps).
-    prompts  of the rollout's images; pairs.image points into them
-    """
-    own = (~pairs.shared).nonzero()[:, 0]
-    lose_rows = torch.arange(len(pairs), device=own.device)
-    lose_rows[own] = len(pairs) + torch.arange(len(own), device=own.device)
-    x = torch.cat([pairs.x_win, pairs.x_lose[own]])
-    sigma = torch.cat([pairs.sigma, pairs.sigma[own]])
-    step = torch.cat([pairs.step, pairs.step[own]])
-    told = [prompts[i] for i in torch.cat([pairs.image, pairs.image[own]]).tolist()]
-    noise = ancestral_step(sigma, torch.cat([pairs.sigma_next, pairs.sigma_next[own]]), config.rollout.eta)
+    def policy(x: Tensor, sigma: Tensor, image: Tensor, step: Tensor) -> Tensor:
+        return host.denoise(x, sigma, [prompts[i] for i in image.tolist()], step)
 
-    def log_densities(denoised: Tensor) -> tuple[Tensor, Tensor]:
-        mean = transition_mean(x, denoised, sigma, noise.down)
-        win = transition_log_density(pairs.next_win, mean[: len(pairs)], noise.up[: len(pairs)])
-        return win, transition_log_density(pairs.next_lose, mean[lose_rows], noise.up[: len(pairs)])
+    def reference(x: Tensor, sigma: Tensor, image: Tensor, step: Tensor) -> Tensor:
+        with adapter.reference():
+            return policy(x, sigma, image, step)
 
-    with torch.no_grad(), adapter.reference():
-        reference_win, reference_lose = log_densities(host.denoise(x, sigma, told, step))
-    policy_win, policy_lose = log_densities(host.denoise(x, sigma, told, step))
-    return spo_loss(policy_win - reference_win, policy_lose - reference_lose, config.loss.beta, config.loss.ratio_clamp)
+    loss = partial(spo_loss, beta=config.loss.beta, ratio_clamp=config.loss.ratio_clamp)
+    return pair_loss(policy, reference, pairs, loss, config.rollout.eta)
 
 
 def train(
@@ -212,7 +192,8 @@ class _Run:
         self.host, self.config, self.prompts = host, config, list(prompts)
         self.preference, self.watcher = preference, watcher
         self.output = Path(config.run.output)
-        self.folder = run_folder_of(self.output, config.run.run_folder)
+        self.files = RunFiles.of(self.output, config.run.run_folder)
+        self.folder = self.files.folder
         self.position, self.statistics = Position(), BatchStatistics()
         self.pending: Pairs | None = None
         self.metrics_row: dict[str, float] = {}
@@ -225,7 +206,7 @@ class _Run:
         )
         self.checkpointing = config.model.gradient_checkpointing
         self.stepping = False
-        saved = load_state(self.folder / "state.spo") if resume else None
+        saved = load_state(self.files.state) if resume else None
         if saved is not None:
             _check_same_run(saved.facts["config"], config)
             _check_same_checkpoint(saved.facts, host)
@@ -285,7 +266,7 @@ class _Run:
         output = None
         if self.position.step:
             output = self._write_lora(self.output) if finished else self._save_stage()
-        return TrainingReport(finished, self.position.step, output, self.folder, self.position.seconds)
+        return TrainingReport(finished, self.position.step, output, self.files, self.position.seconds)
 
     def _roll_out(self) -> None:
         """Phase 1: sample one batch of pictures and shuffle their pairs over prompts and steps."""
@@ -375,7 +356,7 @@ class _Run:
             end = min(begin + size, len(pairs))
             for first in range(begin, end, self.portions.pairs):
                 rows = torch.arange(first, min(first + self.portions.pairs, end), device=pairs.sigma.device)
-                result = pair_loss(self.host, self.adapter, pairs.rows(rows), batch_prompts, self.config)
+                result = loss_of_pairs(self.host, self.adapter, pairs.rows(rows), batch_prompts, self.config)
                 self.scaler.scale(result.loss.sum() / ((end - begin) * groups)).backward()
                 results.append(result)
         return results
@@ -433,16 +414,16 @@ class _Run:
 
     def _open_folder(self, resume: bool) -> None:
         if not resume and self.config.run.replace:
-            _clear_run(self.folder)
+            self.files.delete()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = MetricsFile(self.folder / "metrics.csv", self.position.batch if resume else None)
-        write_text(self.folder / "config.json", json.dumps(self.config.flat(), indent=2) + "\n")
-        write_text(self.folder / "prompts.json", json.dumps(self.prompts, indent=1, ensure_ascii=False) + "\n")
+        self.metrics = MetricsFile(self.files.metrics, self.position.batch if resume else None)
+        write_text(self.files.config, json.dumps(self.config.flat(), indent=2) + "\n")
+        write_text(self.files.prompts, json.dumps(self.prompts, indent=1, ensure_ascii=False) + "\n")
         self.board: Any = None
         with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.position.step)
+            self.board = SummaryWriter(str(self.files.tensorboard), purge_step=self.position.step)
         if not resume:
             self._save_state()
 
@@ -471,7 +452,7 @@ class _Run:
             "started_at": self.started_at,
             "prompts_seed": stable_seed(*self.prompts),
         }
-        save_state(self.folder / "state.spo", RunState(tensors, facts))
+        save_state(self.files.state, RunState(tensors, facts))
 
     def _restore(self, saved: RunState) -> None:
         if saved.facts["prompts_seed"] != stable_seed(*self.prompts):
@@ -492,8 +473,8 @@ class _Run:
 
     def _save_stage(self) -> Path:
         """The LoRA as it is, NAME-step000100.safetensors beside the output; only the newest stages stay."""
-        path = self._write_lora(stage_path(self.output, self.position.step))
-        keep_newest(stages(self.output), self.config.run.keep_last)
+        path = self._write_lora(self.files.stage(self.position.step))
+        keep_newest(self.files.stages(), self.config.run.keep_last)
         return path
 
     def _write_lora(self, path: Path) -> Path:
@@ -527,7 +508,7 @@ class _Run:
         ours = path.exists() and _run_id_of(path) == self.run_id
         write_lora(path, layers, lora_metadata(path.stem, facts), dtype=dtype, replace=ours or config.run.replace)
         if path == self.output:
-            write_text(path.with_suffix(".spo.json"), json.dumps(config.flat(), indent=2) + "\n")
+            write_text(self.files.settings, json.dumps(config.flat(), indent=2) + "\n")
         self.watcher.saved(path)
         return path
 
@@ -538,9 +519,8 @@ class _Run:
         seeds = [self.config.run.sample_seed + i for i in range(len(prompts))]
         latents = self.host.rollout(prompts, seeds, plain, None, None).x
         pictures = [to_picture(pixels) for pixels in self.host.decode(latents)]
-        folder = self.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        grid([pictures], [f"step {self.position.step}"], prompts).save(folder / f"step{self.position.step:06d}.png")
+        self.files.samples.mkdir(exist_ok=True)
+        grid([pictures], [f"step {self.position.step}"], prompts).save(self.files.sample(self.position.step))
 
     # ---- reports
 
@@ -573,17 +553,6 @@ class _Run:
         }
 
 
-def stage_path(output: Path, step: int) -> Path:
-    """NAME-step000100.safetensors, a stage of NAME.safetensors."""
-    return output.with_name(f"{output.stem}-step{step:06d}.safetensors")
-
-
-def stages(output: Path) -> list[Path]:
-    """The stages of an output that exist, oldest first."""
-    found = output.parent.glob(f"{_escaped(output.stem)}-step*.safetensors")
-    return sorted(path for path in found if path.stem.removeprefix(f"{output.stem}-step").isdigit())
-
-
 def check_output(config: Config) -> None:
     """SpoError when the output's name, folder or an existing file forbids a new run; writes nothing."""
     import os
@@ -591,9 +560,8 @@ def check_output(config: Config) -> None:
     output = Path(config.run.output)
     if not config.run.output or output.suffix != ".safetensors":
         raise SpoError(f'output is "{config.run.output}"; it must be the name of a .safetensors file.')
-    folder = run_folder_of(output, config.run.run_folder)
     if not config.run.replace:
-        for path in (output, folder / "state.spo"):
+        for path in (output, RunFiles.of(output, config.run.run_folder).state):
             if path.exists():
                 raise SpoError(
                     f'"{path}" exists already; resume that run, choose another name, or allow to replace it.'
@@ -601,18 +569,6 @@ def check_output(config: Config) -> None:
     existing = next((parent for parent in output.absolute().parents if parent.exists()), None)
     if existing is None or not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise SpoError(f'the output folder "{output.parent}" cannot be written; choose another one.')
-
-
-def _escaped(name: str) -> str:
-    import glob
-
-    return glob.escape(name)
-
-
-def _clear_run(folder: Path) -> None:
-    """Remove an earlier run's own files, and nothing else, when it is to be replaced."""
-    for name in ("state.spo", "metrics.csv", "config.json", "prompts.json", "curves.png"):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _check_same_run(saved: dict[str, Any], config: Config) -> None:

@@ -8,39 +8,17 @@ host as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from spo.algorithm.preference import Candidates, PreferenceModel
-from spo.algorithm.rollout import PoolVerdict, Rollout, RolloutSettings
+from spo.algorithm.preference import Candidates
+from spo.algorithm.rollout import PoolVerdict, RolloutSettings
 from spo.errors import SpoError
 from spo.preference.taste.votes import VotePair
 from spo.rng import stable_seed
-
-
-class PairHost(Protocol):
-    """What making pairs needs of a host; `trainer.Host` says what the parts are.
-
-    decode  [N, C, h, w] latents -> [N, 3, 8 h, 8 w] pictures in [-1, 1]
-    """
-
-    architecture: str
-    checkpoint_name: str
-    checkpoint_hash: str
-
-    def rollout(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        settings: RolloutSettings,
-        preference: PreferenceModel,
-        watch: Callable[[PoolVerdict], None],
-    ) -> Rollout: ...
-
-    def decode(self, latents: Tensor) -> Tensor: ...
+from spo.training.host import Host
 
 
 class _NoPreference:
@@ -53,9 +31,9 @@ class _NoPreference:
 
 
 def make_pairs(
-    host: PairHost, prompts: Sequence[str], seeds: Sequence[int], from_step: int | None = 4, eta: float = 1.0
+    host: Host, prompts: Sequence[str], seeds: Sequence[int], from_step: int | None = 4, eta: float = 1.0
 ) -> list[VotePair]:
-    """One pair for each prompt and seed, in one batch. The host must have been told the prompts (`prepare`).
+    """One pair for each prompt and seed, in one batch. The host must know the prompts (`prepare`).
 
     from_step  the pictures share their seed, and differ in the noise of this step and of all later ones; the earlier,
                the more they differ. None: two seeds, the second one derived from the first
@@ -80,7 +58,7 @@ def make_pairs(
     ]  # fmt: skip
 
 
-def _parted(host: PairHost, prompts: Sequence[str], seeds: Sequence[int], from_step: int, eta: float) -> Tensor:
+def _parted(host: Host, prompts: Sequence[str], seeds: Sequence[int], from_step: int, eta: float) -> Tensor:
     """[B, 2, C, h, w] final latents of pictures that part ways at `from_step`."""
     seen: list[PoolVerdict] = []
     to_the_end = RolloutSettings(
@@ -89,7 +67,7 @@ def _parted(host: PairHost, prompts: Sequence[str], seeds: Sequence[int], from_s
     host.rollout(prompts, seeds, to_the_end, _NoPreference(), seen.append)
     if len(seen) != 1 or seen[0].step != from_step:
         raise SpoError(f"from_step is {from_step}; accepted are steps of the ladder, from 0, that add noise.")
-    return seen[0].candidates.denoised.transpose(0, 1)
+    return seen[0].candidates.prediction().transpose(0, 1)
 
 
 def _ignore(verdict: PoolVerdict) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.files import write_text, write_whole
+from spo.runs.layout import RunFiles
 
 if TYPE_CHECKING:
     from spo.webui.a1111 import Pictures
@@ -26,14 +26,12 @@ def write_card(host: WebUIHost, path: Path) -> None:
         write_whole(preview, lambda temporary: _save_png(made.images[0], made.infotext, temporary))
 
 
-def drop_cards_without_lora(stages_of: Path, left: Sequence[Path]) -> None:
+def drop_cards_without_lora(files: RunFiles) -> None:
     """Remove the cards of stages whose LoRA file was removed by keep_last."""
-    import glob
-
-    stems = {path.stem for path in left}
+    stems = {path.stem for path in files.stages()}
     for ending in (".json", ".png"):
-        for path in stages_of.parent.glob(f"{glob.escape(stages_of.stem)}-step*{ending}"):
-            if path.stem.removeprefix(f"{stages_of.stem}-step").isdigit() and path.stem not in stems:
+        for path in files.stages(ending):
+            if path.stem not in stems:
                 path.unlink(missing_ok=True)
 
 
@@ -45,7 +43,7 @@ def _facts(host: WebUIHost, path: Path) -> dict[str, Any]:
         "sd version": _SD_VERSION[host.architecture],
         "activation text": "",
         "preferred weight": 1.0,
-        "notes": f"Made with sd-webui-spo; settings in {Path(config.run.output).stem}.spo.json.",
+        "notes": f"Made with sd-webui-spo; settings in {RunFiles.of(config.run.output).settings.name}.",
     }
 
 

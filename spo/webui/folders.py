@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from spo.errors import SpoError
 from spo.preference.load import BUNDLED, describe_preference, list_preference_models
+from spo.runs.layout import FOLDER_SUFFIX, RunFiles, split_stage
 from spo.webui import a1111
 
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
@@ -68,15 +69,21 @@ def free_name(wanted: str) -> str:
 def run_folder(name: str) -> Path:
     """Where the run of a LoRA name is kept: models/SPO/runs, so that the Lora tab shows no folders of ours."""
     path = lora_path(name)
-    return preference_folder() / "runs" / f"{lora_name(path)}.spo"
+    return preference_folder() / "runs" / f"{lora_name(path)}{FOLDER_SUFFIX}"
+
+
+def run_files(name: str) -> RunFiles:
+    """The files of the run of a LoRA name."""
+    return RunFiles(lora_path(name), run_folder(name))
 
 
 def run_names() -> list[str]:
     """LoRA names that have a run folder, newest first."""
     place, runs = preference_folder() / "runs", []
-    for path in place.rglob("*.spo/config.json"):
-        with suppress(FileNotFoundError):  # deleted meanwhile
-            runs.append((path.stat().st_mtime, path.parent.relative_to(place).as_posix().removesuffix(".spo")))
+    for folder in place.rglob(f"*{FOLDER_SUFFIX}"):
+        with suppress(FileNotFoundError, NotADirectoryError):  # never begun, or deleted meanwhile
+            begun = RunFiles(Path(), folder).config.stat().st_mtime
+            runs.append((begun, folder.relative_to(place).as_posix().removesuffix(FOLDER_SUFFIX)))
     return [name for _, name in sorted(runs, reverse=True)]
 
 
@@ -84,7 +91,7 @@ def lora_names() -> list[str]:
     """Every LoRA file in the folder, those that SPO trained first (they have settings or stages), then by name."""
     names = [lora_name(path) for path in a1111.lora_folder().rglob("*.safetensors")]
     runs = set(run_names())
-    return sorted(names, key=lambda name: (not {name, name.rpartition("-step")[0]} & runs, name.lower()))
+    return sorted(names, key=lambda name: (not {name, split_stage(name)[0]} & runs, name.lower()))
 
 
 def preference_choices() -> list[str]:

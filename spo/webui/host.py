@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spo.algorithm.preference import PreferenceModel
-from spo.algorithm.rollout import PoolVerdict, Rollout, RolloutSettings, sample_spo
+from spo.algorithm.rollout import PoolVerdict, Rollout, RolloutSettings, Scoring, sample_spo
 from spo.config import Config
 from spo.errors import SpoError
 from spo.progress import StopRequested
@@ -134,13 +134,15 @@ class WebUIHost:
             if watch is not None:
                 watch(verdict)
 
+        scoring = None if preference is None else Scoring(preference, list(prompts), self.decode, checked_watch)
+
         def sample(
             model: Callable[..., Tensor], x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any], **others: Any
         ) -> Tensor:
             rollout = sample_spo(
                 model, x, sigmas, extra_args, others.get("callback"),
-                settings=settings, draws=draws, alphas_cumprod=self.alphas_cumprod.cpu(), preference=preference,
-                prompts=list(prompts), decode=self.decode, repeat=a1111.repeat_arguments, watch=checked_watch,
+                settings=settings, draws=draws, alphas_cumprod=self.alphas_cumprod.cpu(), scoring=scoring,
+                repeat=a1111.repeat_arguments,
             )  # fmt: skip
             rollouts.append(rollout)
             return rollout.x

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +9,9 @@ from typing import Any
 
 from spo.config import read_config_file
 from spo.errors import SpoError
-from spo.training.loop import stages
+from spo.runs.layout import RunFiles
+from spo.runs.metrics import read_metrics
 from spo.webui import a1111, folders
-
-# what training writes into a run folder; nothing else is ever deleted
-_OWN_FILES = ("state.spo", "metrics.csv", "config.json", "prompts.json", "curves.png")
 
 
 @dataclass(frozen=True)
@@ -50,43 +47,34 @@ class Run:
 
 def read(name: str) -> Run:
     """The run of that name. Raises SpoError when there is none."""
-    output = folders.lora_path(name)
-    folder = folders.run_folder(name)
-    if not (folder / "config.json").exists():
+    files = folders.run_files(name)
+    if not files.config.exists():
         raise SpoError(f'there is no run called "{name}".')
     return Run(
         name,
-        read_config_file(folder / "config.json"),
-        metrics(folder),
-        sorted((folder / "samples").glob("step*.png")),
-        output if output.exists() else None,
-        stages(output),
+        read_config_file(files.config),
+        metrics(files),
+        files.all_samples(),
+        files.output if files.output.exists() else None,
+        files.stages(),
     )
 
 
-def metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run folder's metrics.csv; empty without one."""
-    path = folder / "metrics.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+def metrics(files: RunFiles) -> list[dict[str, float]]:
+    """The rows of a run's metrics; empty before the first."""
+    return read_metrics(files.metrics) if files.metrics.exists() else []
 
 
 def delete(name: str, lora_too: bool) -> int:
     """Delete a run's own files, and its LoRA, stages and cards when asked; how many. What others put there stays."""
-    run = read(name)
-    output = folders.lora_path(name)
-    folder = folders.run_folder(name)
-    doomed = [folder / own for own in _OWN_FILES] + run.samples + sorted((folder / "tensorboard").glob("events.*"))
+    run, files = read(name), folders.run_files(name)
+    doomed: list[Path] = []
     if lora_too:
-        for lora in [output, *run.stages]:
-            doomed += [lora, *(lora.with_suffix(ending) for ending in (".spo.json", ".json", ".png"))]
-    doomed = [path for path in doomed if path.is_file()]
+        for lora in [files.output, *run.stages]:
+            doomed += [lora, *(lora.with_suffix(ending) for ending in (".json", ".png"))]
+        doomed = [path for path in [*doomed, files.settings] if path.is_file()]
     for path in doomed:
         path.unlink()
-    for place in (folder / "samples", folder / "tensorboard", folder):
-        if place.is_dir() and not any(place.iterdir()):
-            place.rmdir()
+    count = len(doomed) + files.delete()
     a1111.refresh_loras()
-    return len(doomed)
+    return count

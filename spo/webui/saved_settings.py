@@ -43,10 +43,8 @@ def load(name: str) -> dict[str, Any]:
     """The settings of a name of `names()`, without those that the WebUI owns. Raises SpoError."""
     if name not in names():
         raise SpoError(f'there are no settings called "{name}".')
-    if name.startswith(_RUN):
-        path = folders.run_folder(name.removeprefix(_RUN)) / "config.json"
-    else:
-        path = _folder() / f"{name}.json"
+    of_run = name.startswith(_RUN)
+    path = folders.run_files(name.removeprefix(_RUN)).config if of_run else _folder() / f"{name}.json"
     values = read_config_file(path)
     preference = str(values.get("preference", ""))
     if preference and Path(preference).is_relative_to(folders.preference_folder()):

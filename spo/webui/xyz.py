@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from spo.errors import SpoError, nearest
+from spo.runs.layout import split_stage
 from spo.webui import a1111
 
 LORA, STAGE, WEIGHT = "[SPO] LoRA", "[SPO] stage", "[SPO] weight"
 NONE = "None"
 MAX_WEIGHT = 10.0
 _TAG = re.compile(r"\s*<lora:([^:>]+)(?::([^>]*))?>")
-_STAGE = re.compile(r"(.+)-step(\d+)")
 
 
 def add_axes() -> None:
@@ -55,22 +55,22 @@ def _made_by_spo() -> list[str]:
 
 def lora_choices() -> list[str]:
     """ "None" and the finished LoRAs."""
-    return [NONE, *(name for name in _made_by_spo() if not _STAGE.fullmatch(name))]
+    return [NONE, *(name for name in _made_by_spo() if split_stage(name)[1] is None)]
 
 
 def stage_choices() -> list[str]:
     """Run by run the saved stages, then the finished LoRA."""
 
     def place(name: str) -> tuple[str, float]:
-        stage = _STAGE.fullmatch(name)
-        return (stage[1].casefold(), int(stage[2])) if stage else (name.casefold(), float("inf"))
+        run, step = split_stage(name)
+        return run.casefold(), float("inf") if step is None else step
 
     return sorted(_made_by_spo(), key=place)
 
 
 def _legend(p: Any, option: Any, name: str) -> str:
-    stage = _STAGE.fullmatch(name)
-    return f"{stage[1]} step {int(stage[2])}" if stage else "no SPO LoRA" if name == NONE else name
+    run, step = split_stage(name)
+    return f"{run} step {step}" if step is not None else "no SPO LoRA" if name == NONE else name
 
 
 # --------------------------------------------------------------------------------------------------------- confirming

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spo.algorithm.diffusion import denoised_from_output, network_input, sigma_ladder, training_sigmas
-from spo.algorithm.rollout import RolloutSettings, sample_spo
+from spo.algorithm.rollout import RolloutSettings, Scoring, sample_spo
 from tests.conftest import relative_error
 
 RUNS = {
@@ -26,7 +26,7 @@ RUNS = {
 class Recording:
     """Network, draws and preference model that read their answers from a recording and check what they are asked."""
 
-    name, needs_pixels = "recorded", False
+    name, needs_pixels, needs_denoised = "recorded", False, True
 
     def __init__(self, tensors: dict[str, Tensor], prediction_type: str) -> None:
         self.t, self.prediction_type = tensors, prediction_type
@@ -81,8 +81,7 @@ def test_replays_the_published_sampler(golden, name):
         settings=settings,
         draws=recording,
         alphas_cumprod=alphas,
-        preference=recording,
-        prompts=[""] * len(t["x_T"]),
+        scoring=Scoring(recording, [""] * len(t["x_T"])),
     )
     assert recording.calls == 20
     assert recording.scored == t["out.preference_scores"].numel() // (settings.candidates * len(t["x_T"]))

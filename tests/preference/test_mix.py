@@ -36,7 +36,7 @@ def test_formula_by_hand():
     # scale 2 / 4; a: 0.5 * 3 / 2 = 0.75; b: 0.5 * 1 / 0.2 = 2.5
     expected = torch.tensor([[0.75 * 1 + 2.5 * 0.5], [0.75 * 3 + 2.5 * 0.1], [0.75 * 2 + 2.5 * 0.3]])
     assert torch.allclose(mix.score(POOL, [""]), expected)
-    assert mix.needs_pixels
+    assert mix.needs_pixels and mix.needs_denoised
 
 
 def test_a_mix_of_one_is_that_model_whatever_its_weight():

@@ -222,7 +222,7 @@ def test_it_learns_what_was_labelled(place, host, tmp_path):
             return self.pictures
 
     report = run(place, Clear(), tmp_path, steps=30, warmup_steps=1, measure_every=0, learning_rate=2e-3)
-    with (report.run_folder / "metrics.csv").open() as file:
+    with (report.files.metrics).open() as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert [entry.share for entry in report.accuracy] == [1.0] * 5
@@ -238,7 +238,7 @@ def test_accuracy_leaves_ties_out(place, host, tmp_path):
 
 def test_labels_by_another_model():
     class Brightness:
-        needs_pixels, name = True, "brightness"
+        needs_pixels, needs_denoised, name = True, True, "brightness"
 
         def score(self, candidates: Candidates, prompts):
             return candidates.pixels().mean((2, 3, 4))

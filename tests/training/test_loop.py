@@ -15,7 +15,8 @@ from spo.errors import SpoError
 from spo.lora.adapter import Adapter, modules_of_kinds
 from spo.lora.read import read_lora
 from spo.progress import Watcher
-from spo.training.loop import batch_of, learning_rate, pair_loss, rollout_settings, run_folder_of, stages, train
+from spo.runs.layout import RunFiles
+from spo.training.loop import batch_of, learning_rate, loss_of_pairs, rollout_settings, train
 from tests.conftest import float16
 from tests.tiny_host import MeanOfChannel, TinyHost, same_weights
 
@@ -47,7 +48,7 @@ def network_of(host):
 
 
 def rows_of(config):
-    with (run_folder_of(config.run.output) / "metrics.csv").open(newline="") as file:
+    with (RunFiles.of(config.run.output).metrics).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -88,7 +89,7 @@ def test_updates_lower_the_loss_of_their_pairs(tmp_path):
     adapter = Adapter(host.network, modules_of_kinds(host.network, ["attention"]), rank=8, alpha=8)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
     for _ in range(12):
-        result = pair_loss(host, adapter, pairs, told, config)
+        result = loss_of_pairs(host, adapter, pairs, told, config)
         optimizer.zero_grad()
         result.loss.mean().backward()
         optimizer.step()
@@ -150,7 +151,7 @@ def test_shared_starts_cost_one_evaluation_and_change_nothing(tmp_path):
 
     def loss_and_gradient(of):
         host.evaluations = 0
-        loss = pair_loss(host, adapter, of, told, config).loss.mean()
+        loss = loss_of_pairs(host, adapter, of, told, config).loss.mean()
         return loss, torch.autograd.grad(loss, adapter.parameters()), host.evaluations
 
     loss, gradient, evaluations = loss_and_gradient(pairs)
@@ -193,7 +194,7 @@ def test_half_precision_networks_train_with_float32_adapters(tmp_path, dtype):
 def test_saves_stages_and_keeps_the_last(tmp_path):
     config = small(tmp_path, steps=7, save_every=1, keep_last=2, sample_every=3)
     train(TinyHost(config), config, PROMPTS, MeanOfChannel())
-    assert [path.name for path in stages(tmp_path / "taste.safetensors")] == [
+    assert [path.name for path in RunFiles.of(tmp_path / "taste.safetensors").stages()] == [
         "taste-step000005.safetensors",
         "taste-step000006.safetensors",
     ]

@@ -84,13 +84,10 @@ def _embedded(sigma: Tensor) -> Tensor:
 
 
 class TasteHead:
-    """The `PreferenceModel` over an ensemble of members, whose mean is the score.
-
-    needs_denoised  off: `sample_spo` may score candidates before the network has seen them
-    """
+    """The `PreferenceModel` over an ensemble of members, whose mean is the score."""
 
     needs_pixels = False
-    needs_denoised = False
+    needs_denoised = False  # `sample_spo` scores candidates before the network has seen them
 
     def __init__(self, members: Sequence[TasteNetwork], facts: TasteFacts) -> None:
         self.members = nn.ModuleList(members).eval().requires_grad_(False)

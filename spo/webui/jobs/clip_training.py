@@ -95,7 +95,7 @@ def _train(job: Job, request: ClipRequest, settings: ClipTraining, source: Any) 
         watcher = Watcher(progress=progress, should_stop=job.asked_to_stop, log=job.say)
         report = train_clip(clip, host, source, settings, watcher, labeller=labeller, resume=request.resume)
     if report.accuracy:
-        measured, curves = report.run_folder / "accuracy.csv", report.run_folder / "accuracy.png"
+        measured, curves = report.files.accuracy, report.files.accuracy_curves
         accuracy_curves(measured, curves)
         job.table, job.picture = accuracy_table(measured), curves
     if report.finished:

@@ -20,7 +20,8 @@ from spo.preference.small_decode import SmallDecode
 from spo.progress import Progress, Watcher
 from spo.prompts import read_prompts
 from spo.report.curves import curves
-from spo.training.loop import TrainingReport, check_output, stages, train
+from spo.runs.layout import RunFiles
+from spo.training.loop import TrainingReport, check_output, train
 from spo.webui import a1111, cards, folders, runs
 from spo.webui.host import borrowed
 from spo.webui.jobs.job import Job, PoolPictures, start
@@ -79,11 +80,11 @@ def prepare(request: TrainingRequest) -> Prepared:
             raise SpoError(f"{name} is not a setting here: it comes from {HOST_OWNED[name]}; leave it out.")
     values, prompts = dict(request.settings), [text.strip() for text in request.prompts if text.strip()]
     if request.resume:
-        folder = folders.run_folder(request.name)
-        if not (folder / "config.json").exists():
+        files = folders.run_files(request.name)
+        if not files.config.exists():
             raise SpoError(f'there is no run "{request.name}" to resume.')
-        values = {**read_config_file(folder / "config.json"), **values}
-        prompts = read_prompts(folder / "prompts.json")
+        values = {**read_config_file(files.config), **values}
+        prompts = read_prompts(files.prompts)
     else:
         styles = list(request.styles)
         prompts = [a1111.with_styles(text, styles) for text in prompts]
@@ -97,7 +98,7 @@ def prepare(request: TrainingRequest) -> Prepared:
         raise SpoError(f"No preference model is chosen; put one into {folders.preference_folder()} and choose it.")
     values |= {
         "checkpoint": str(checkpoint.file),
-        "prompts": str(folders.run_folder(request.name) / "prompts.json"),
+        "prompts": str(folders.run_files(request.name).prompts),
         "output": str(path),
         "run_folder": str(folders.run_folder(request.name)),
         "clip_skip": a1111.clip_skip(),
@@ -154,7 +155,7 @@ def _train(job: Job, prepared: Prepared, resume: bool) -> None:
         job.phase = "working"
         job.say(f"Training {job.name} on {host.checkpoint_name}.")
         report = train(host, config, prepared.prompts, preference, _watcher(job, host, preference), resume=resume)
-    curves(report.run_folder / "metrics.csv", report.run_folder / "curves.png")
+    curves(report.files.metrics, report.files.curves)
     a1111.refresh_loras()
     _say_end(job, config, report)
 
@@ -185,14 +186,14 @@ def _dtype(name: str) -> Any:
 
 
 def _watcher(job: Job, host: WebUIHost, preference: PreferenceModel) -> Watcher:
-    folder = Path(host.config.run.run_folder)
-    job.rows.extend(runs.metrics(folder))
+    files = RunFiles.of(host.config.run.output, host.config.run.run_folder)
+    job.rows.extend(runs.metrics(files))
 
     def progress(now: Progress) -> None:
         job.fraction, job.eta_s, job.step = now.fraction, now.eta_s, now.step
         if now.metrics and (not job.rows or job.rows[-1].get("batch") != now.metrics.get("batch")):
             job.rows.append(dict(now.metrics))
-        samples = sorted((folder / "samples").glob("step*.png"))
+        samples = files.all_samples()
         job.picture = samples[-1] if samples else None
         job.version += 1
         _show_in_bar(job)
@@ -218,8 +219,7 @@ def _saved(job: Job, host: WebUIHost, path: Path) -> None:
     except Exception as error:  # a LoRA without a preview is better than a run that ends for want of one
         a1111.report(f"SPO: no card for {path.name}")
         job.say(f"{path.name} has no preview picture ({type(error).__name__}).")
-    output = Path(host.config.run.output)
-    cards.drop_cards_without_lora(stages_of=output, left=stages(output))
+    cards.drop_cards_without_lora(RunFiles.of(host.config.run.output, host.config.run.run_folder))
     a1111.refresh_loras()
     job.say(f"Saved {folders.lora_name(path)}.")
 
@@ -244,11 +244,12 @@ class _PoolWatch:
     def _pictures(self, verdict: PoolVerdict) -> PoolPictures:
 
         one = 0  # the first image of the batch
-        pixels: Tensor = (
-            verdict.candidates.pixels()[:, one]
-            if self.preference.needs_pixels
-            else self.host.decode(verdict.candidates.denoised[:, one])
-        )
+        candidates = verdict.candidates
+        if self.preference.needs_pixels:
+            pixels: Tensor = candidates.pixels()[:, one]
+        else:
+            latents = candidates.x if candidates.denoised is None else candidates.denoised
+            pixels = self.host.decode(latents[:, one])
         pictures = [to_picture(candidate.float().cpu()) for candidate in pixels]
         for picture in pictures:
             picture.thumbnail((POOL_PX, POOL_PX))

@@ -128,7 +128,7 @@ def test_pictures_are_those_of_txt2img(loras, grids):
 class LooksAtAll:
     """Scores by the pixels, and notes what it was given."""
 
-    name, needs_pixels = "looks", True
+    name, needs_pixels, needs_denoised = "looks", True, True
 
     def __init__(self):
         self.seen = []

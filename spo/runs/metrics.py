@@ -1,0 +1,94 @@
+"""metrics.csv: the writer, the one reader, and what its columns are called."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from spo.errors import SpoError
+from spo.files import write_whole
+
+# column -> its title in curves, tables and the page; of `batch`, the number of the rollout, from 0
+TITLES = {
+    "batch": "Rollout",
+    "step": "Update",
+    "epoch": "Epoch",
+    "images": "Pictures",
+    "preference_mean": "Mean preference score of the candidates",
+    "kept_share": "Share of pools whose verdict was kept",
+    "pairs": "Pairs",
+    "loss": "Loss",
+    "ratio_win": "Density ratio, policy / reference, of the best",
+    "ratio_lose": "Density ratio, policy / reference, of the worst",
+    "ratio_clamped_share": "Share of pairs with a clamped ratio",
+    "gradient_norm": "Gradient norm",
+    "learning_rate": "Learning rate",
+    "images_per_s": "Pictures per second, in all",
+    "pairs_per_s": "Pairs per second, in training",
+    "seconds": "Seconds",
+}
+# preference_t701: mean score of the pools judged at timestep 701
+TIMESTEP_PREFIX = "preference_t"
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.csv, oldest first: column -> value. Cells that are empty, no number or not finite are left
+    out. Raises SpoError for a file that is missing or cannot be read.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            rows = list(csv.DictReader(file))
+    except FileNotFoundError as error:
+        raise SpoError(f'there is no "{path}"; a run writes metrics.csv into its folder.') from error
+    except (OSError, csv.Error) as error:
+        raise SpoError(f'"{path}" cannot be read ({error}).') from error
+    return [
+        {name: value for name, cell in row.items() if name and math.isfinite(value := _number(cell))} for row in rows
+    ]
+
+
+def _number(cell: object) -> float:
+    try:
+        return float(str(cell))
+    except ValueError:
+        return math.nan
+
+
+class MetricsFile:
+    """The writer: one row for each rollout and its training. Columns that appear later are added for all rows."""
+
+    def __init__(self, path: Path, keep_batches: int | None = None) -> None:
+        """Of an existing file the rows of the first `keep_batches` rollouts stay; a resumed run repeats the others."""
+        self.path = path
+        self.rows: list[dict[str, str]] = []
+        if keep_batches is not None and path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["batch"]) < keep_batches]
+        self._write()
+
+    def add(self, row: Mapping[str, object]) -> None:
+        """Append a row; numbers are written in full precision."""
+        self.rows.append({name: "" if value is None else str(value) for name, value in row.items()})
+        known = _columns(self.rows[:-1])
+        if list(self.rows[-1]) == known:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, known, lineterminator="\n").writerow(self.rows[-1])
+        else:
+            self._write()
+
+    def _write(self) -> None:
+        def write(temporary: Path) -> None:
+            with temporary.open("w", newline="", encoding="utf-8") as file:
+                columns = _columns(self.rows)
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                if columns:
+                    writer.writeheader()
+                writer.writerows(self.rows)
+
+        write_whole(self.path, write)
+
+
+def _columns(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
