@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from spo.preference.taste.fit import VoteSet
+from spo.preference.taste.fit import FitSettings, VoteSet
 from spo.preference.taste.votes import VotePair
 from spo.rng import generator
+
+QUICK = FitSettings(members=2, width=8, updates=60)
 
 
 def pair(number: int, prompt: str = "a cat") -> VotePair:

@@ -70,15 +70,15 @@ def find_remote(repository: str, name: str, *, folder: Path, hub: str = HUB) -> 
 
     url = hf_hub_url(repository, name, endpoint=hub)
     try:
-        found = get_hf_file_metadata(
+        metadata = get_hf_file_metadata(
             url, token=False, timeout=_TIMEOUT_S, library_name="sd-webui-spo", library_version=__version__
         )
     except _network_errors() as error:
         raise _unreachable(error, url, folder / name) from error
-    sha256 = (found.etag or "").lower()
-    if not re.fullmatch("[0-9a-f]{64}", sha256) or not found.size:
+    sha256 = (metadata.etag or "").lower()
+    if not re.fullmatch("[0-9a-f]{64}", sha256) or not metadata.size:
         raise SpoError(f'"{url}" tells no size and SHA-256, so what comes could not be checked.')
-    return RemoteFile(Path(name).name, url, found.size, sha256)
+    return RemoteFile(Path(name).name, url, metadata.size, sha256)
 
 
 def download(
@@ -123,7 +123,7 @@ def download(
             if tries == _TRIES:
                 raise SpoError(
                     f"the connection broke after {size_text(came)} of {size_text(remote.size_bytes)} of {remote.name}; "
-                    "what came is kept, fetch it again to go on."
+                    "fetch it again to go on from there."
                 ) from error
     if file_sha256(part) != remote.sha256:
         part.unlink()

@@ -109,14 +109,14 @@ def measured(parts: Sequence[MixPart], scores: Sequence[PoolScoresOfModel]) -> t
 
     Raises SpoError when a model says the same of all candidates everywhere.
     """
-    found = []
-    for part, said in zip(parts, scores, strict=True):
-        variances = [pool.float().var(0, unbiased=True).flatten() for pool in said.pools]
+    scaled = []
+    for part, of_part in zip(parts, scores, strict=True):
+        variances = [pool.float().var(0, unbiased=True).flatten() for pool in of_part.pools]
         deviation = math.sqrt(sum(float(v.sum()) for v in variances) / sum(len(v) for v in variances))
         if not deviation > 0 or not math.isfinite(deviation):
             raise SpoError(f'"{part.file}" gives all candidates of a pool the same score, so it cannot be in a mix.')
-        found.append(replace(part, deviation=deviation))
-    return tuple(found)
+        scaled.append(replace(part, deviation=deviation))
+    return tuple(scaled)
 
 
 def _from_file(path: Path) -> tuple[MixPart, ...]:

@@ -133,3 +133,15 @@ def test_another_kind_takes_one_row(tmp_path, monkeypatch):
     scores = model.score(Candidates(x, 1.0, 500.0, x, lambda latents: pytest.fail("decoded")), ["a", "b"])
     assert torch.equal(scores, 2 * x[:, :, 0].mean((2, 3)))
     assert "brightness" in describe_file(tmp_path / "bright.safetensors")
+
+
+def test_unknown_names_list_the_choices():
+    with pytest.raises(SpoError, match=r'"pickscore" is not known; accepted are "demo" and .*sdxl_step-aware_pref'):
+        load("pickscore", architecture="sdxl")
+
+
+def test_a_missing_file_says_where_to_put_which(tmp_path):
+    path = tmp_path / "spm.bin"
+    with pytest.raises(SpoError, match=r"sd-v1-5_step-aware_preference_model\.bin of huggingface\.co/SPO") as caught:
+        load(path, architecture="sd15")
+    assert str(path) in str(caught.value)

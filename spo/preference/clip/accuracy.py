@@ -13,8 +13,8 @@ from spo.report.tables import table
 def accuracy_table(path: Path, *, markdown: bool = False) -> str:
     """A run's accuracy.csv as a table: one row a measurement, one column a timestep. SpoError when there is none."""
     rows, timesteps = _read(path)
-    shown = [[int(row["batch"]), *(float(row[t]) for t in timesteps)] for row in rows]
-    return table(shown, ["update", *(f"t = {t}" for t in timesteps)], markdown=markdown)
+    table_rows = [[int(row["batch"]), *(float(row[t]) for t in timesteps)] for row in rows]
+    return table(table_rows, ["update", *(f"t = {t}" for t in timesteps)], markdown=markdown)
 
 
 def accuracy_curves(path: Path, png_path: Path) -> None:

@@ -265,10 +265,10 @@ def clip_tensors(file: TensorFile) -> dict[str, Tensor]:
     tensors = read_tensors(file, wanted)
     if not _is_open_clip(file):
         return tensors
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, value in tensors.items():
-        found.update(_from_open_clip(name.removeprefix("module."), value))
-    return found
+        renamed.update(_from_open_clip(name.removeprefix("module."), value))
+    return renamed
 
 
 def weights_in(path: Path) -> Path:

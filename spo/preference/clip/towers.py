@@ -80,9 +80,9 @@ def clip_shape(
         while f"{part}_model.encoder.layers.{layers}.mlp.fc1.weight" in shapes:
             layers += 1
         first = f"{part}_model.encoder.layers.0.mlp.fc1.weight"
-        told = (clip_config or {}).get(f"{part}_config") or {}
-        heads = int(told.get("num_attention_heads", default_heads))
-        activation = str(told.get("hidden_act", "gelu"))
+        config = (clip_config or {}).get(f"{part}_config") or {}
+        heads = int(config.get("num_attention_heads", default_heads))
+        activation = str(config.get("hidden_act", "gelu"))
         width = size(first, 1)
         if heads < 1 or width % heads:
             raise SpoError(
@@ -91,7 +91,7 @@ def clip_shape(
             )
         if activation not in ACTIVATIONS:
             raise SpoError(f'{source} has the activation "{activation}"; accepted are {" and ".join(ACTIVATIONS)}.')
-        return TowerShape(width, size(first), layers, heads, activation, float(told.get("layer_norm_eps", 1e-5)))
+        return TowerShape(width, size(first), layers, heads, activation, float(config.get("layer_norm_eps", 1e-5)))
 
     if (tokens := size("text_model.embeddings.position_embedding.weight")) != TEXT_TOKENS:
         raise SpoError(f"{source} reads prompts of {tokens} tokens; CLIP's {TEXT_TOKENS} are accepted.")

@@ -69,11 +69,15 @@ def fold_of(count: int, folds: int, seed: int) -> Tensor:
 
 
 def fit_member(
-    latents: Tensor, answers: Tensor, settings: FitSettings, member: int, tell: Callable[[float], None] | None = None
+    latents: Tensor,
+    answers: Tensor,
+    settings: FitSettings,
+    member: int,
+    progress: Callable[[float], None] | None = None,
 ) -> TasteNetwork:
     """One member fitted to [N, 2, 4, h, w] clean latents and [N] answers (1 left, 0.5 tie, 0 right).
 
-    tell  called with the share of updates done
+    progress  called with the share of updates done
     """
     position = (settings.seed, "taste", member)
     with torch.random.fork_rng(devices=[]):
@@ -90,8 +94,8 @@ def fit_member(
     draw = generator(*position, "draws")
     order: list[int] = []
     for update in range(settings.updates):
-        if tell is not None:
-            tell(update / settings.updates)
+        if progress is not None:
+            progress(update / settings.updates)
         if len(order) < min(settings.pairs_per_update, len(latents)):
             order += torch.randperm(len(latents), generator=draw).tolist()
         rows = torch.tensor(order[: settings.pairs_per_update])
@@ -100,8 +104,8 @@ def fit_member(
         clean = latents[rows]
         noise = torch.randn(clean.shape, generator=draw)
         noisy = (clean + sigma[:, None, None, None, None] * noise).flatten(0, 1)
-        both = sigma.repeat_interleave(2)
-        scores = network(network_input(noisy, both), both).unflatten(0, (-1, 2))
+        sigma_of_both = sigma.repeat_interleave(2)  # one noise level a pair, but independent noise: see above
+        scores = network(network_input(noisy, sigma_of_both), sigma_of_both).unflatten(0, (-1, 2))
         loss = davidson_loss(scores[:, 0] - scores[:, 1], answers[rows], log_tie).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -234,13 +238,13 @@ def fit_taste(
     folds = fold_of(len(votes.answers), settings.members, settings.seed)
     members = []
     for member in range(settings.members):
-        kept = folds != member
+        rest = folds != member
 
-        def tell(share: float, member: int = member) -> None:
+        def member_progress(share: float, member: int = member) -> None:
             if progress is not None:
                 progress((member + share) / settings.members)
 
-        members.append(fit_member(votes.latents[kept], votes.answers[kept], settings, member, tell))
+        members.append(fit_member(votes.latents[rest], votes.answers[rest], settings, member, member_progress))
     accuracies = [_held_out(members, votes, folds, timestep, settings) for timestep in SHOWN_TIMESTEPS]
     least_noisy = accuracies[0]
     if least_noisy.low <= 0.5:

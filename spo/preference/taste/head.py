@@ -61,7 +61,7 @@ class TasteNetwork(nn.Module):
         self.enter = nn.Conv2d(LATENT_CHANNELS, width, 3, padding=1)
         self.inner = nn.Conv2d(width, width, 3, padding=1)
         self.head = nn.Sequential(nn.Linear(7 * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 1))
-        self.told = nn.Linear(2 * _FREQUENCIES, width)
+        self.told = nn.Linear(2 * _FREQUENCIES, width)  # of the noise level; its name stands in saved files
 
     def forward(self, latents: Tensor, sigma: Tensor) -> Tensor:
         levels = _embedded(sigma)

@@ -5,7 +5,6 @@ votes.jsonl, pairs/ID.safetensors, pairs/ID_left.png, pairs/ID_right.png     as 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import zipfile
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from spo.errors import SpoError
 from spo.files import named_when_whole
-from spo.preference.taste.votes import LINES, PAIRS, Vote, VoteFolder, vote_of
+from spo.preference.taste.votes import LINES, PAIRS, Vote, VoteFolder, pair_id, vote_of
 
 ENDINGS = (".safetensors", "_left.png", "_right.png")
 _LARGEST_BYTES = 64 * 2**20  # of one file in the zip, unpacked
@@ -114,13 +113,13 @@ def _check_pair(archive: zipfile.ZipFile, vote: Vote, path: Path) -> None:
     contents = [_read(archive, f"{PAIRS}/{vote.id}{ending}", path) for ending in ENDINGS]
     try:
         latents = load(contents[0])["latents"]
-        found = hashlib.sha256(vote.prompt.encode() + b"\0" + latents.contiguous().numpy().tobytes()).hexdigest()[:16]
+        actual_id = pair_id(vote.prompt, latents)
         for content in contents[1:]:
             with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
                 picture.verify()
     except (SafetensorError, KeyError, OSError, SyntaxError, ValueError) as error:
         raise SpoError(f'the pair "{vote.id}" in "{path}" is damaged ({error}).') from error
-    if found != vote.id or latents.ndim != 4 or len(latents) != 2:
+    if actual_id != vote.id or latents.ndim != 4 or len(latents) != 2:
         raise SpoError(f'the pair "{vote.id}" in "{path}" is damaged: its latents belong to another id.')
 
 

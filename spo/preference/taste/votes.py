@@ -65,9 +65,8 @@ class VotePair:
 
     @property
     def id(self) -> str:
-        """16 hexadecimal digits of a hash of prompt and latents (as float16)."""
-        content = self.latents.detach().cpu().half().contiguous().numpy().tobytes()
-        return hashlib.sha256(self.prompt.encode() + b"\0" + content).hexdigest()[:16]
+        """See `pair_id`."""
+        return pair_id(self.prompt, self.latents)
 
 
 @dataclass(frozen=True)
@@ -278,6 +277,12 @@ def vote_of(event: Mapping[str, Any], source: str) -> Vote:
     if len(values["id"]) != 16 or not set(values["id"]) <= set("0123456789abcdef"):
         raise SpoError(f"a vote in {source} has the id {values['id']!r}; 16 hexadecimal digits are accepted.")
     return Vote(**values)
+
+
+def pair_id(prompt: str, latents: Tensor) -> str:
+    """16 hexadecimal digits of a hash of a pair's prompt and latents (as float16)."""
+    content = latents.detach().cpu().half().contiguous().numpy().tobytes()
+    return hashlib.sha256(prompt.encode() + b"\0" + content).hexdigest()[:16]
 
 
 def _check_answer(answer: str) -> None:

@@ -19,15 +19,12 @@ from spo.checkpoint.tensor_file import open_tensor_file
 from spo.errors import SpoError
 from spo.preference.clip.step_aware import StepAwareCLIP, read_step_aware_clip
 from spo.preference.clip.towers import (
-    CLIP_MEAN,
-    CLIP_STD,
     ClipShape,
     TowerShape,
     clip_shape,
     prepare_pictures,
     token_ids,
 )
-from spo.preference.latent_cnn import LatentCNN, save_latent_cnn
 from spo.preference.load import load
 from tests.conftest import GOLDEN, relative_error
 
@@ -100,13 +97,6 @@ def test_token_ids_as_published(recorded, metadata):
     assert torch.equal(token_ids(json.loads(metadata["prompts"])), recorded["input_ids"])
 
 
-def test_long_prompts_are_cut_at_77_tokens():
-    ids = token_ids(["cat " * 200, "cat"])
-    assert ids.shape == (2, 77)
-    assert ids[0, 0] == 49406 and ids[0, -1] == 49407
-    assert (ids[0, 1:-1] == ids[1, 1]).all()  # 75 cats between begin and end
-
-
 # ---- against transformers' CLIP, which knows no time
 
 
@@ -135,45 +125,6 @@ def test_a_fresh_model_with_clip_weights_is_clip(activation):
         answer = clip(input_ids=ids, pixel_values=prepare_pictures(pixels, 28))
         assert relative_error(model.image_features(pixels, torch.tensor([3.5, 999])), answer.image_embeds) < 1e-5
         assert relative_error(model.text_features(ids), answer.text_embeds) < 1e-5
-
-
-def test_sizes_of_the_official_model_follow_from_its_shapes():
-    text, vision = TowerShape(1024, 4096, 24, 16), TowerShape(1280, 5120, 32, 16)
-    with torch.device("meta"):
-        model = StepAwareCLIP(ClipShape(text, vision, 49408, 14, 224, 1024))
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    assert clip_shape(shapes) == model.shape
-    without_time = [v.numel() for name, v in model.named_parameters() if not any(part in name for part in TIME_NAMES)]
-    assert sum(without_time) == 986_109_441  # what is said of OpenCLIP's ViT-H/14
-
-
-# ---- preparing pictures
-
-
-def normalized(pictures):
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return (pictures / 2 + 0.5 - mean) / std
-
-
-@pytest.mark.parametrize(("length", "start"), [(56, 0), (57, 0), (58, 1), (59, 2), (112, 28)])
-def test_the_middle_is_cut_out(length, start):
-    """Where the shorter side fits already, nothing is resized; odd rests are halved as Python rounds, half to even."""
-    tall = torch.rand(1, 3, length, 56) * 2 - 1
-    expected = normalized(tall[:, :, start : start + 56])
-    assert torch.allclose(prepare_pictures(tall, 56), expected, atol=1e-6)
-    assert torch.allclose(prepare_pictures(tall.mT, 56), expected.mT, atol=1e-6)
-
-
-def test_values_are_clamped_after_the_resize():
-    """Around a sharp edge bicubic overshoots: that is cut off, and values out of range count before."""
-    edge = torch.full((1, 3, 8, 8), -1.0)
-    edge[..., 4:] = 3.0
-    prepared = prepare_pictures(edge, 16)
-    white, black = normalized(torch.ones(3, 1, 1)), normalized(-torch.ones(3, 1, 1))
-    assert torch.allclose(prepared[0, :, :, -4:], white.expand(3, 16, 4), atol=1e-6)
-    assert torch.allclose(prepared[0, :, :, :4], black.expand(3, 16, 4), atol=1e-6)
-    clamped_before = prepare_pictures(edge.clamp(-1, 1), 16)
-    assert not torch.allclose(prepared, clamped_before, atol=1e-2)
 
 
 # ---- scoring
@@ -363,29 +314,6 @@ def test_heads_that_do_not_fit_are_named(weights, tmp_path):
         load(tmp_path / "model.safetensors")
 
 
-# ---- which model a name means
-
-
-def test_unknown_names_list_the_choices():
-    with pytest.raises(SpoError, match=r'"pickscore" is not known; accepted are "demo" and .*sdxl_step-aware_pref'):
-        load("pickscore", architecture="sdxl")
-
-
-def test_a_missing_file_says_where_to_put_which(tmp_path):
-    path = tmp_path / "spm.bin"
-    with pytest.raises(SpoError, match=r"sd-v1-5_step-aware_preference_model\.bin of huggingface\.co/SPO") as caught:
-        load(path, architecture="sd15")
-    assert str(path) in str(caught.value)
-
-
-def test_a_small_latent_model_is_told_by_its_metadata(tmp_path):
-    torch.manual_seed(0)
-    network = LatentCNN(width=16)
-    save_latent_cnn(network, tmp_path / "taste.safetensors", {})
-    model = load(tmp_path / "taste.safetensors")
-    assert isinstance(model, LatentCNN) and not model.needs_pixels
-
-
 @pytest.mark.parametrize(
     ("name", "architecture", "warned"),
     [
@@ -407,3 +335,13 @@ def test_warns_of_the_other_architecture(spm_file, tmp_path, name, architecture,
     ours = [str(w.message) for w in caught if "was made for" in str(w.message)]
     assert len(ours) == warned
     assert all(f"the checkpoint is {architecture}" in text for text in ours)
+
+
+def test_sizes_of_the_official_model_follow_from_its_shapes():
+    text, vision = TowerShape(1024, 4096, 24, 16), TowerShape(1280, 5120, 32, 16)
+    with torch.device("meta"):
+        model = StepAwareCLIP(ClipShape(text, vision, 49408, 14, 224, 1024))
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert clip_shape(shapes) == model.shape
+    without_time = [v.numel() for name, v in model.named_parameters() if not any(part in name for part in TIME_NAMES)]
+    assert sum(without_time) == 986_109_441  # what is said of OpenCLIP's ViT-H/14

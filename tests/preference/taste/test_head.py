@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -12,18 +10,8 @@ from spo.algorithm.rollout import RolloutSettings
 from spo.config import build_config
 from spo.errors import SpoError
 from spo.preference.load import describe_preference, load
-from spo.preference.taste.fit import FitSettings, accuracy_of, davidson_loss, fit_taste, fold_of, read_vote_set
 from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork, choose_pair, save_taste
-from spo.preference.taste.votes import VoteFolder
 from tests.tiny_host import MeanOfChannel, TinyHost
-from tests.vote_worlds import pair, vote_set
-
-QUICK = FitSettings(members=2, width=8, updates=60)
-
-
-@pytest.fixture(scope="module")
-def fitted():
-    return fit_taste(vote_set(120), QUICK, name="mine")
 
 
 def candidates(x: torch.Tensor, sigma: float = 0.5) -> Candidates:
@@ -31,16 +19,6 @@ def candidates(x: torch.Tensor, sigma: float = 0.5) -> Candidates:
         raise AssertionError("the taste head decodes nothing")
 
     return Candidates(x, sigma, 100.0, torch.full_like(x, float("nan")), no_decoder)
-
-
-def test_votes_that_follow_a_rule_are_learnt(fitted):
-    by_timestep = {entry.timestep: entry for entry in fitted.report.accuracies if entry.scorer == "taste head"}
-    assert by_timestep[1].share > 0.9 > 0.5 < by_timestep[1].low < by_timestep[1].share < by_timestep[1].high
-    assert by_timestep[601].share < by_timestep[1].share
-    first = fitted.report.accuracies[-1]
-    assert first.scorer == "always the first" and 0.3 < first.share < 0.7
-    assert fitted.head.facts.votes == 120 and fitted.head.facts.held_out_accuracy == by_timestep[1].share
-    assert "timestep 401" in fitted.report.text() and "always the first" in fitted.report.text()
 
 
 def test_scores_follow_the_rule_and_the_noise_level(fitted):
@@ -56,60 +34,6 @@ def test_scores_follow_the_rule_and_the_noise_level(fitted):
 
 def test_larger_latents_are_scored(fitted):
     assert fitted.head.score(candidates(torch.randn(2, 1, 4, 64, 48)), ["a"]).isfinite().all()
-
-
-def test_fitting_is_a_function_of_votes_and_seed(fitted):
-    again = fit_taste(vote_set(120), QUICK, name="mine")
-    for name, value in again.head.members.state_dict().items():
-        assert torch.equal(value, fitted.head.members.state_dict()[name])
-
-
-def test_too_few_votes_are_refused():
-    with pytest.raises(SpoError, match="30 votes prefer a side; at least 40 are needed"):
-        fit_taste(vote_set(30), QUICK)
-
-
-def test_ties_are_no_votes_that_prefer_a_side():
-    votes = vote_set(60)
-    votes.answers[:30] = 0.5
-    with pytest.raises(SpoError, match="30 votes prefer a side"):
-        fit_taste(votes, QUICK)
-
-
-def test_contradictory_votes_are_refused():
-    with pytest.raises(SpoError, match="the votes teach nothing.*no better than chance"):
-        fit_taste(vote_set(120, truth=False), QUICK)
-
-
-def test_whoever_always_says_left_is_refused():
-    votes = vote_set(120)
-    votes.answers[:] = 1
-    with pytest.raises(SpoError, match="the votes teach nothing"):
-        fit_taste(votes, QUICK)
-
-
-def test_ties_are_learnt_from():
-    votes = vote_set(120)
-    difference = votes.latents[:, 0, 0].mean((1, 2)) - votes.latents[:, 1, 0].mean((1, 2))
-    votes.answers[difference.abs() < 0.5] = 0.5
-    made = fit_taste(votes, QUICK)
-    assert made.report.ties > 10 and made.report.accuracies[0].share > 0.9
-    assert made.report.preferring + made.report.ties == 120 == made.head.facts.votes
-
-
-def test_the_loss_is_davidsons():
-    d, nu = torch.tensor([0.7, 0.7, 0.7]), 0.4
-    strong, weak = math.exp(0.7), 1.0  # strengths of left and right
-    total = strong + weak + nu * math.sqrt(strong * weak)
-    expected = [-math.log(strong / total), -math.log(nu * math.sqrt(strong * weak) / total), -math.log(weak / total)]
-    found = davidson_loss(d, torch.tensor([1.0, 0.5, 0.0]), torch.tensor(math.log(nu)))
-    torch.testing.assert_close(found, torch.tensor(expected))
-    without = davidson_loss(d, torch.tensor([1.0, 1.0, 1.0]), torch.tensor(-100.0))
-    torch.testing.assert_close(without, -d.sigmoid().log())
-
-
-def test_folds_are_even():
-    assert torch.bincount(fold_of(103, 5, 0)).tolist() == [21, 21, 21, 20, 20]
 
 
 def test_a_file_is_read_back(fitted, tmp_path):
@@ -165,32 +89,6 @@ def test_an_inner_window_is_evaluated_until_its_end(fitted):
     settings = RolloutSettings(candidates=2, inner_steps=3, threshold=0.0, divert_start_step=12)
     host.rollout(["a"], [1], settings, fitted.head, None)
     assert host.evaluations == 2 * (14 + 6 * 2)
-
-
-def test_votes_of_another_size_are_left_out(tmp_path):
-    folder = VoteFolder(tmp_path)
-    for number in range(3):
-        folder.add(pair(number), "left")
-    made = pair(5)
-    wide = made.__class__(**{**made.__dict__, "latents": torch.zeros(2, 4, 8, 16)})
-    folder.add(wide, "left")
-    votes = read_vote_set(folder)
-    assert len(votes.answers) == 3 and votes.left_out == 1
-
-
-def test_another_scorer_sees_the_stored_pictures(tmp_path):
-    class Brightness:
-        name, needs_pixels, needs_denoised = "bright", True, True
-
-        def score(self, candidates, prompts):
-            return candidates.pixels().mean((2, 3, 4))
-
-    folder = VoteFolder(tmp_path)
-    for number in range(10):
-        made = pair(number)
-        bright = made.pixels.mean((1, 2, 3))
-        folder.add(made, "left" if bright[0] > bright[1] else "right")
-    assert accuracy_of(Brightness(), folder, read_vote_set(folder)).share == 1.0
 
 
 def test_the_plan_counts_what_a_taste_head_saves(fitted, tmp_path):
