@@ -84,8 +84,8 @@ _OTHERS: tuple[tuple[Family, str, str], ...] = (
     ("vae", r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|mid|down|up)", "a VAE"),
     ("vae", r"^((encoder|decoder)\.layers\.)?\d+\.conv\.\d+\.weight$", "a TAESD, a small VAE for previews"),
     ("hypernetwork", r"^\d+\.\d+\.", "a hypernetwork"),
-    ("clip", r"(^|\.)blip\.", "ImageReward, which is not supported"),
-    ("clip", r"(^|\.)(vision_model\.|visual\.(transformer|conv1)\.)", "a CLIP, which judges pictures"),
+    ("unknown", r"(^|\.)blip\.", "ImageReward, which is not supported"),
+    ("clip", r"(^|\.)(vision_model\.|visual\.(transformer|conv1)\.)", "a CLIP"),
     ("text encoder", r"^(text_model|transformer|text_projection|token_embedding|embeddings\.token_embedding)\b"
                      r"|^encoder\.block\.0\.layer\.|^text_encoder", "a text encoder alone"),
     ("upscaler", r"(^|\.)(conv_first|RDB1|rdb1)\.", "an upscaler"),
