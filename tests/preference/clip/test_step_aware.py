@@ -242,7 +242,7 @@ def without(weights, *parts):
         (lambda w: {**w, "model.vision_model.more": torch.ones(1)}, "it also holds .vision_model.more"),
         (lambda w: {**w, "model.logit_scale": torch.ones(2)}, r'"logit_scale" has the shape \[2\], not \[\]'),
         (lambda w: {"lora_unet_down_blocks_0.lora_down.weight": torch.ones(1)}, "is a LoRA"),
-        (lambda w: {"model.diffusion_model.out.2.weight": torch.ones(1)}, "is a checkpoint of another kind of diffusion network"),
+        (lambda w: {"model.diffusion_model.out.2.weight": torch.ones(1)}, "is a checkpoint of another kind"),
         (lambda w: {"visual.transformer.resblocks.0.ln_1.bias": torch.ones(1)}, "is a CLIP that lacks its text tower"),
         (lambda w: {"blip.visual_encoder.cls_token": torch.ones(1)}, "is ImageReward"),
         (lambda w: {"text_model.final_layer_norm.bias": torch.ones(1)}, "is a text encoder"),
