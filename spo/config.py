@@ -43,6 +43,9 @@ class ModelConfig:
     )
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1, mps ...")
     gradient_checkpointing: bool = _setting(False, "less memory in training for about a third more time")
+    rest_on_cpu: bool = _setting(
+        False, "preference model and VAE wait in main memory and come to the GPU for a verdict only: less of its memory"
+    )
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,14 @@ class PreferenceConfig:
     preference: str = _setting(
         "", "preference model: a file (docs/preference_models.md), a mix 0.7*A + 0.3*B, or demo for the demo checkpoint"
     )
-    preference_precision: str = _setting("float32", "its precision", "float32", "float16", "bfloat16")
+    preference_precision: str = _setting(
+        "auto",
+        "its precision; auto: float16 on a GPU, float32 on a CPU",
+        "auto",
+        "float32",
+        "float16",
+        "bfloat16",
+    )
     small_decode: bool = _setting(
         False, "decode candidates only as large as the preference model looks; says how well that agrees"
     )

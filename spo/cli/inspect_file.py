@@ -16,6 +16,7 @@ from spo.lora.describe import describe as describe_lora
 from spo.lora.read import read_lora
 from spo.preference.load import describe_preference, is_model_folder, recognised
 from spo.preference.mix import is_mix
+from spo.preference.placement import ON_CPU
 from spo.preference.taste.head import describe as describe_taste
 from spo.preference.taste.head import read_taste
 
@@ -45,7 +46,9 @@ def describe_file(path: Path) -> str:
     file = open_tensor_file(path)
     if (preference := recognised(file)) is not None:
         is_head = preference.name == "taste head"
-        return describe_taste(read_taste(file, path.stem).facts) if is_head else describe_preference(path).text()
+        return (
+            describe_taste(read_taste(file, path.stem, ON_CPU).facts) if is_head else describe_preference(path).text()
+        )
     kind = kind_of(file)
     if kind.family == "checkpoint":
         return "\n".join(describe_checkpoint(inspect_checkpoint(path)))

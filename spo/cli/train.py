@@ -11,8 +11,9 @@ from spo.checkpoint.inspect import inspect_checkpoint
 from spo.cli.progress_bar import progress_bar
 from spo.cli.settings_flags import add_settings, given_values, require
 from spo.config import Config, build_config
-from spo.headless.host import load_host, load_preference
+from spo.headless.host import load_host
 from spo.headless.plan import make_plan
+from spo.preference.load import load_preference
 from spo.presets import NAMED
 from spo.prompts import read_prompts
 from spo.report.curves import curves
@@ -53,7 +54,7 @@ def train_headless(config: Config, prompts: Sequence[str], *, resume: bool) -> i
     """
     host = load_host(config)
     with progress_bar() as watcher:
-        preference = load_preference(config, host, watcher.log)
+        preference = load_preference(config, host.device, host.architecture, watcher.log)
         report = train(host, config, prompts, preference, watcher, resume=resume)
     picture = report.files.curves
     curves(report.files.metrics, picture)

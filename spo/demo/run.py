@@ -44,7 +44,8 @@ def run_demo(folder: Path, watched: Callable[[], AbstractContextManager[Watcher]
 
     watched  opens what shows the progress of training
     """
-    from spo.headless.host import load_host, load_preference
+    from spo.headless.host import load_host
+    from spo.preference.load import load_preference
     from spo.training.loop import train
 
     began = time.monotonic()
@@ -59,7 +60,7 @@ def run_demo(folder: Path, watched: Callable[[], AbstractContextManager[Watcher]
     except OSError as error:
         raise SpoError(f'the folder "{folder}" cannot be made: {error.strerror}.') from error
     host = load_host(config)
-    preference = load_preference(config, host)
+    preference = load_preference(config, host.device, host.architecture)
     files = RunFiles.of(output)
     if not output.exists():
         print(f"Training a LoRA for the demo checkpoint: {config.optimizer.steps} updates, a few minutes on two cores.")

@@ -14,10 +14,11 @@ from spo.algorithm.preference import Candidates, PreferenceModel
 from spo.algorithm.rollout import RolloutSettings
 from spo.config import Config
 from spo.errors import SpoError
-from spo.headless.host import HeadlessHost, load_host, load_preference
+from spo.headless.host import HeadlessHost, load_host
 from spo.images import to_picture
 from spo.lora.adapter import Adapter
 from spo.lora.read import check_matches, read_lora
+from spo.preference.load import load_preference
 from spo.report.grids import grid
 from spo.report.tables import score_table
 
@@ -70,7 +71,7 @@ def compare_loras(
     rows = list(itertools.product(prompts, seeds))
     told, drawn = [prompt for prompt, _ in rows], [seed for _, seed in rows]
     host = load_host(config)
-    preference = load_preference(config, host)
+    preference = load_preference(config, host.device, host.architecture)
     host.prepare(told)
     columns = {"base": samples(host, preference, told, drawn)}
     for path in loras:

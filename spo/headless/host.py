@@ -149,15 +149,3 @@ def load_host(config: Config) -> HeadlessHost:
         prediction_type=None if config.model.prediction_type == "auto" else config.model.prediction_type,
     )
     return HeadlessHost(model, config)
-
-
-def load_preference(
-    config: Config, host: HeadlessHost, say: Callable[[str], None] = lambda text: None
-) -> PreferenceModel:
-    """Load the configured preference model onto the host's device. say: told what `small_decode` found."""
-    from spo.preference.load import load
-    from spo.preference.small_decode import SmallDecode
-
-    dtype = getattr(torch, config.preference.preference_precision)
-    model = load(config.preference.preference, device=host.device, dtype=dtype, architecture=host.architecture)
-    return SmallDecode(model, say) if config.preference.small_decode and model.needs_pixels else model

@@ -17,6 +17,7 @@ from spo.algorithm.preference import Candidates
 from spo.checkpoint.tensor_file import TensorFile, read_tensors
 from spo.errors import SpoError
 from spo.files import write_whole
+from spo.preference.placement import Placement
 
 KIND = "latent_cnn"  # in the metadata of its files
 
@@ -72,14 +73,12 @@ def save_latent_cnn(network: LatentCNN, path: Path, facts: Mapping[str, str]) ->
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
-def read_latent_cnn(
-    file: TensorFile, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> LatentCNN:
-    """The frozen network in a file that `save_latent_cnn` wrote, in float32 whatever `dtype`. SpoError: damaged."""
+def read_latent_cnn(file: TensorFile, name: str, place: Placement) -> LatentCNN:
+    """The frozen network in a file that `save_latent_cnn` wrote, in float32. SpoError when it is damaged."""
     try:
         network = LatentCNN(int(file.metadata["width"]), name)
         network.load_state_dict({key: value.float() for key, value in read_tensors(file, file.tensors).items()})
     except (KeyError, ValueError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise SpoError(f'"{file.path.name}" is a damaged latent CNN ({first}); fetch or fit it again.') from error
-    return network.to(device).eval().requires_grad_(False)
+    return network.to(place.device).eval().requires_grad_(False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,12 +17,15 @@ import torch
 from spo.algorithm.preference import PreferenceModel
 from spo.checkpoint import kinds
 from spo.checkpoint.tensor_file import TensorFile, open_tensor_file
+from spo.config import Config
 from spo.errors import SpoError
 from spo.files import size_text
 from spo.preference import latent_cnn
 from spo.preference.clip import scores
 from spo.preference.clip.step_aware import StepAwareCLIP, is_step_aware_clip, read_step_aware_clip
 from spo.preference.mix import SUFFIXES, MixedScore, is_mix, mix_name, read_mix
+from spo.preference.placement import Placement, placement
+from spo.preference.small_decode import SmallDecode
 from spo.preference.taste import head
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -34,14 +38,9 @@ class Recognises(Protocol):
 
 
 class Reads(Protocol):
-    """The frozen model in a file of its kind, called `name`, on `device`. Raises SpoError for a damaged file.
+    """The frozen model in a file of its kind, called `name`, at its place. Raises SpoError for a damaged file."""
 
-    dtype  that CLIP networks compute in; small models always compute in float32
-    """
-
-    def __call__(
-        self, file: TensorFile, name: str, /, *, device: torch.device | str, dtype: torch.dtype
-    ) -> PreferenceModel: ...
+    def __call__(self, file: TensorFile, name: str, place: Placement, /) -> PreferenceModel: ...
 
 
 @dataclass(frozen=True)
@@ -114,22 +113,27 @@ def load(
     name_or_path: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    precision: str = "auto",
+    rest_on_cpu: bool = False,
     architecture: str = "sd15",
 ) -> PreferenceModel:
     """The preference model of that name or in that file, frozen, on `device`.
 
     name_or_path  "demo"; a file of one of `KINDS`, or a folder as transformers saves it; a mix of these, as text or
                   file (see `mix`)
-    dtype         see `Reads`
+    precision, rest_on_cpu  see `placement`
     architecture  "sd15" or "sdxl", whose pictures it shall judge; a model made for the other one gets a warning, and
                   so does one that does not know the timestep
 
-    Raises SpoError, one sentence, for a missing file and for one that is something else.
+    Raises SpoError, one sentence, for a missing file, for one that is something else, and for a precision that the
+    device cannot compute in.
     """
     if is_mix(str(name_or_path)):
         parts = read_mix(str(name_or_path))
-        models = [load(part.file, device=device, dtype=dtype, architecture=architecture) for part in parts]
+        models = [
+            load(part.file, device=device, precision=precision, rest_on_cpu=rest_on_cpu, architecture=architecture)
+            for part in parts
+        ]
         return MixedScore(parts, models, mix_name(parts))
     path = _path_of(name_or_path)
     if path.suffix.lower() not in FILE_SUFFIXES and not path.is_dir():
@@ -143,7 +147,22 @@ def load(
     kind = kind_of(file)
     if advice := _describe_file(path, file, kind).advice(architecture):
         warnings.warn(advice, stacklevel=2)
-    return kind.reads(file, BUNDLED if path == BUNDLED_FILE else _name(path), device=device, dtype=dtype)
+    name = BUNDLED if path == BUNDLED_FILE else _name(path)
+    return kind.reads(file, name, placement(device, precision, rest_on_cpu=rest_on_cpu))
+
+
+def load_preference(
+    config: Config, device: torch.device, architecture: str, say: Callable[[str], object] = lambda text: None
+) -> PreferenceModel:
+    """The preference model of a run's configuration. say: told how well `small_decode` agrees."""
+    model = load(
+        config.preference.preference,
+        device=device,
+        precision=config.preference.preference_precision,
+        rest_on_cpu=config.model.rest_on_cpu,
+        architecture=architecture,
+    )
+    return SmallDecode(model, say) if config.preference.small_decode and model.needs_pixels else model
 
 
 def kind_of(file: TensorFile) -> Kind:

@@ -28,7 +28,7 @@ class SmallDecode:
     needs_pixels = True
     needs_denoised = True
 
-    def __init__(self, model: PreferenceModel, say: Callable[[str], None], image_px: int = SCORER_PX) -> None:
+    def __init__(self, model: PreferenceModel, say: Callable[[str], object], image_px: int = SCORER_PX) -> None:
         self.model, self.say, self.image_px = model, say, image_px
         self.name = model.name
         self.checked, self.same_best, self.same_worst = 0, 0.0, 0.0

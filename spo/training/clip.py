@@ -128,7 +128,7 @@ def starting_model(path: Path, seed: int = 0) -> StepAwareCLIP:
     """
     file = open_tensor_file(weights_in(path))
     if is_step_aware_clip(file):
-        return read_step_aware_clip(file)
+        return read_step_aware_clip(file, path.stem)
     if not is_plain_clip(file):
         raise SpoError(f'"{path.name}" is neither a CLIP, as PickScore, nor a step-aware one to go on with.')
     return _with_time(file, path.stem, seed)

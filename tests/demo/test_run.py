@@ -15,7 +15,8 @@ from spo.demo.judge import HERE, Judge, held_out, taste_win_rate
 from spo.demo.rule import colourfulness
 from spo.demo.run import CHECKPOINT, demo_config, run_demo
 from spo.headless.compare import adapter_from_file
-from spo.headless.host import load_host, load_preference
+from spo.headless.host import load_host
+from spo.preference.load import load_preference
 from spo.progress import Watcher
 from spo.prompts import read_prompts
 from spo.training.loop import train
@@ -54,7 +55,7 @@ def test_the_preference_model_knows_the_rule_on_pictures_it_never_saw(tmp_path):
     """Finished latents of held-out prompts: the order of pairs by score and by rule agree in most cases."""
     config = demo_config(tmp_path)
     host = load_host(config)
-    preference = load_preference(config, host)
+    preference = load_preference(config, host.device, host.architecture)
     told, seeds = (values[:8] for values in held_out())
     host.prepare(told)
     from spo.algorithm.rollout import RolloutSettings
@@ -79,7 +80,12 @@ def test_a_short_training_raises_the_true_taste(tmp_path):
     host.prepare(told)
     judge = Judge()
     base = judge.judge(host.sample(told, seeds), told)
-    train(host, config, read_prompts(config.prompt.prompts), load_preference(config, host))
+    train(
+        host,
+        config,
+        read_prompts(config.prompt.prompts),
+        load_preference(config, host.device, host.architecture),
+    )
     host.prepare(told)
     adapter_from_file(host, Path(config.run.output))
     tuned = judge.judge(host.sample(told, seeds), told)

@@ -117,8 +117,8 @@ class Brightness:
         return self.weight * candidates.x[:, :, 0].mean((2, 3))
 
 
-def read_brightness(file, name, *, device="cpu", dtype=torch.float32):
-    return Brightness(read_tensors(file, ["brightness"])["brightness"].to(device), name)
+def read_brightness(file, name, place):
+    return Brightness(read_tensors(file, ["brightness"])["brightness"].to(place.device), name)
 
 
 def test_another_kind_takes_one_row(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,16 +31,19 @@ from spo.preference.clip.towers import (
     ClipShape,
     TextTower,
     VisionTower,
-    check_precision,
     check_tensors,
     clip_shape,
+    in_float32,
     known_features,
     normalize,
     read_clip_config,
+    settle,
     token_ids,
     unit,
     without_autocast,
 )
+from spo.preference.placement import Placement
+from spo.resting import Resting
 
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")
 _OPENAI_NAME = "clip-vit-large-patch14"
@@ -94,18 +98,23 @@ class CLIP(nn.Module):
         self.text_projection = nn.Linear(shape.text.width, shape.projection, bias=False)
         self.visual_projection = nn.Linear(shape.vision.width, shape.projection, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.resting: Resting | None = None
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Within, the picture tower is where it computes."""
+        return self.resting.awake() if self.resting is not None else nullcontext()
 
     def image_features(self, prepared: Tensor) -> Tensor:
         """[N, projection] float32 features of unit length of [N, 3, image_px, image_px] prepared pictures."""
-        weight = self.visual_projection.weight
-        with without_autocast(weight.device):
-            return unit(self.visual_projection(self.vision_model(prepared.to(weight))))
+        device = self.visual_projection.weight.device
+        with without_autocast(device):
+            return unit(self.visual_projection(self.vision_model(prepared.to(device))))
 
     def text_features(self, ids: Tensor) -> Tensor:
         """[N, projection] float32 features of unit length of [N, 77] token ids (see `token_ids`)."""
         weight = self.text_projection.weight
         with without_autocast(weight.device):
-            return unit(self.text_projection(self.text_model(ids.to(weight.device))))
+            return unit(in_float32(self.text_projection, self.text_model(ids.to(weight.device))))
 
 
 def _features(
@@ -113,10 +122,11 @@ def _features(
 ) -> Tensor:
     """[K, B, projection] float32 features of the decoded candidates."""
     pixels = candidates.pixels()
-    parts = [
-        clip.image_features(prepare(chunk.to(clip.logit_scale.device), clip.shape.image_px))
-        for chunk in pixels.flatten(0, 1).split(pictures_per_call)
-    ]
+    with clip.awake():
+        parts = [
+            clip.image_features(prepare(chunk.to(clip.logit_scale.device), clip.shape.image_px))
+            for chunk in pixels.flatten(0, 1).split(pictures_per_call)
+        ]
     return torch.cat(parts).unflatten(0, pixels.shape[:2])
 
 
@@ -142,7 +152,7 @@ class ClipScore:
         if len(prompts) != pictures.shape[1]:
             raise ValueError(f"{len(prompts)} prompts for {pictures.shape[1]} images")
         texts = known_features(prompts, self._known_texts, lambda some: self.clip.text_features(token_ids(some)))
-        scores = self.clip.logit_scale.float().exp() * (pictures * texts).sum(-1)
+        scores = self.clip.logit_scale.exp().to(pictures.device) * (pictures * texts.to(pictures.device)).sum(-1)
         return scores.to(candidates.x.device)
 
 
@@ -185,25 +195,18 @@ def is_aesthetic_head(file: TensorFile) -> bool:
     }
 
 
-def read_clip_score(
-    file: TensorFile, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> ClipScore:
+def read_clip_score(file: TensorFile, name: str, place: Placement) -> ClipScore:
     """PickScore (transformers' layout) or HPS (OpenCLIP's) from its file.
 
     The layout tells how pictures are prepared: `shorter_side` for transformers', `longer_side` for OpenCLIP's.
     Raises SpoError for what is missing, damaged or something else.
     """
     prepare = longer_side if _is_open_clip(file) else shorter_side
-    return ClipScore(read_clip(file, device=device, dtype=dtype), name, prepare)
+    return ClipScore(read_clip(file, place), name, prepare)
 
 
 def read_aesthetic_score(
-    file: TensorFile,
-    name: str,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    clip_path: Path | None = None,
+    file: TensorFile, name: str, place: Placement, *, clip_path: Path | None = None
 ) -> AestheticScore:
     """LAION's linear or MLP head, over the CLIP ViT-L/14 of OpenAI. The head computes in float32.
 
@@ -221,42 +224,33 @@ def read_aesthetic_score(
     for linear, layer in zip(layers, _head_layers(file), strict=True):
         linear.load_state_dict({part: tensors[f"{layer}{part}"].float() for part in ("weight", "bias")})
     clip_file = open_tensor_file(weights_in(clip_path or _clip_beside(file.path)))
-    clip = read_clip(clip_file, device=device, dtype=dtype, default_config=_QUICK_GELU)
+    clip = read_clip(clip_file, place, default_config=_QUICK_GELU)
     if layers[0].in_features != clip.shape.projection:
         raise SpoError(
             f'"{file.path.name}" reads CLIP features {layers[0].in_features} wide, those of "{clip_file.path}" are '
             f"{clip.shape.projection} wide; OpenAI's ViT-L/14 (openai/{_OPENAI_NAME}) is needed."
         )
-    head = nn.Sequential(*layers).to(device).eval().requires_grad_(False)  # dropout between them is for training only
+    head = nn.Sequential(*layers)  # dropout between them is for training only
+    head.to(place.device).eval().requires_grad_(False)
     return AestheticScore(clip, head, name)
 
 
-def read_clip(
-    file: TensorFile,
-    *,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    default_config: Mapping[str, object] | None = None,
-) -> CLIP:
+def read_clip(file: TensorFile, place: Placement, *, default_config: Mapping[str, object] | None = None) -> CLIP:
     """The frozen CLIP in a file of either layout; `logit_scale` stays float32.
 
+    place           of the picture tower; the text tower, which each prompt passes once, stays in main memory
     default_config  see `clip_shape`; where neither metadata nor a config.json beside the file tell it
 
-    Raises SpoError for missing, unknown or misshapen tensors, and for a precision that the device cannot compute in.
+    Raises SpoError for missing, unknown or misshapen tensors.
     """
-    check_precision(torch.device(device), dtype)
     source = f'"{file.path.name}"'
     tensors = clip_tensors(file)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     with torch.device("meta"):
         model = CLIP(clip_shape(shapes, read_clip_config(file) or default_config, source))
     check_tensors(model, shapes, source, "CLIP without time")
-    weights = {  # copies: what was read may be the mapped file itself
-        name: value.to(device, torch.float32 if name == "logit_scale" else dtype, copy=True).contiguous()
-        for name, value in tensors.items()
-    }
-    model.load_state_dict(weights, assign=True)
-    return model.eval().requires_grad_(False)
+    model.resting = settle(model, tensors, place, lambda name: name.startswith(("text_model.", "text_projection.")))
+    return model
 
 
 def clip_tensors(file: TensorFile) -> dict[str, Tensor]:

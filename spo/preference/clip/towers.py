@@ -1,6 +1,14 @@
 """CLIP in plain torch: both towers, the preparation of pictures, token ids. No version of transformers matters.
 
 Modules are named as in transformers' CLIPModel, so its tensors load as they are.
+
+Precision. The picture tower's matrices, nearly all of its weights, may be float16 or bfloat16. What they multiply is
+rounded to that just before, and what they give is float32 again: the stream that the blocks add to (whose few large
+channels grow past float16's precision, if not its range), layer norms, modulation, features and scores. Within, the
+products of attention and the softmax are float32 inside torch's fused kernels, and nothing exceeds float16's 65504.
+
+Where. A frozen model's picture tower is on the device. Its text tower, which each prompt passes once, stays in main
+memory as it lies in the file and computes in float32, a block's weights at a time (`in_float32`).
 """
 
 from __future__ import annotations
@@ -20,8 +28,11 @@ from torch.nn import functional
 
 from spo.checkpoint.tensor_file import TensorFile
 from spo.errors import SpoError
+from spo.preference.placement import Placement
+from spo.resting import Resting
 
 TEXT_TOKENS = 77
+_MATRICES = (".self_attn.", ".mlp.", ".patch_embedding.")  # of the picture tower: what may be in half precision
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _TOKENIZER_FOLDER = Path(__file__).parents[2] / "clip_tokenizer"
@@ -110,6 +121,14 @@ def clip_shape(
 # ---------------------------------------------------------------------------------------------- the network
 
 
+def in_float32(module: nn.Module, *inputs: Tensor) -> Tensor:
+    """`module(*inputs)` computed in float32, whatever its weights are stored in; differentiable where they are."""
+    if all(weight.dtype == torch.float32 for weight in module.parameters()):
+        return module(*inputs)
+    weights = {name: weight.float() for name, weight in module.named_parameters()}
+    return torch.func.functional_call(module, weights, inputs)
+
+
 def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
@@ -124,12 +143,14 @@ class Attention(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
+        """[N, tokens, width] float32 -> the same, computed in the weights' precision."""
+        x = x.to(self.q_proj.weight.dtype)
         q, k, v = (
             project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
+        return self.out_proj(attended.transpose(1, 2).flatten(2)).float()
 
 
 class MLP(nn.Module):
@@ -140,7 +161,8 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[shape.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        """As `Attention`."""
+        return self.fc2(self.activation(self.fc1(x.to(self.fc1.weight.dtype)))).float()
 
 
 class Block(nn.Module):
@@ -181,11 +203,12 @@ class TextTower(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[N, tokens] -> [N, width], the state at the first end token, which has the highest id."""
-        x = self.embeddings.token_embedding(ids) + self.embeddings.position_embedding.weight[: ids.shape[1]]
+        positions = self.embeddings.position_embedding.weight[: ids.shape[1]]
+        x = self.embeddings.token_embedding(ids).float() + positions.float()
         for block in self.encoder.layers:
-            x = block(x)
+            x = in_float32(block, x)
         end = ids.argmax(-1)
-        return self.final_layer_norm(x[torch.arange(len(ids), device=ids.device), end])
+        return in_float32(self.final_layer_norm, x[torch.arange(len(ids), device=ids.device), end])
 
 
 class VisionEmbeddings(nn.Module):
@@ -197,7 +220,9 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(patches + 1, width)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        """[N, 3, image_px, image_px] float32 -> [N, patches + 1, width] float32."""
+        patches = self.patch_embedding(pixels.to(self.patch_embedding.weight.dtype)).float()
+        patches = patches.flatten(2).transpose(1, 2)
         first = self.class_embedding.expand(len(pixels), 1, -1)
         return torch.cat([first, patches], 1) + self.position_embedding.weight
 
@@ -281,6 +306,30 @@ def known_features(
 # ---------------------------------------------------------------------------------------------- files
 
 
+def settle(
+    model: nn.Module, tensors: Mapping[str, Tensor], place: Placement, stays: Callable[[str], bool]
+) -> Resting | None:
+    """Give a frozen model its weights: those of `stays` remain in main memory as they lie in the file (mapped, so that
+    they take memory only once they are used, and may be given back), the others go where and to what `place` says.
+
+    model    built on the meta device; tensors: by its names, all of them
+    Returns what brings the weights to the device, where `place` lets them rest.
+
+    The weights that go to the device are copies: what was read may be the mapped file itself. See the module's text for
+    which of them stay float32.
+    """
+    weights = {}
+    for name, value in tensors.items():
+        if stays(name):
+            weights[name] = value
+        else:
+            dtype = place.dtype if any(part in name for part in _MATRICES) else torch.float32
+            weights[name] = value.to("cpu" if place.rests else place.device, dtype, copy=True).contiguous()
+    model.load_state_dict(weights, assign=True)
+    model.eval().requires_grad_(False)
+    return Resting(model, place.device, lambda name: not stays(name)) if place.rests else None
+
+
 def read_clip_config(file: TensorFile) -> dict[str, Any] | None:
     """CLIP's configuration (see `clip_shape`): the metadata `clip_config`, or the config.json beside the file.
 
@@ -312,13 +361,3 @@ def check_tensors(model: nn.Module, shapes: Mapping[str, Sequence[int]], source:
     for name, shape in expected.items():
         if tuple(shapes[name]) != shape:
             raise SpoError(f'{source} is damaged: "{name}" has the shape {list(shapes[name])}, not {list(shape)}.')
-
-
-def check_precision(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises SpoError for a precision that the device cannot compute in."""
-    one = torch.ones(1, 1, 1, 1, device=device, dtype=dtype)
-    try:
-        functional.layer_norm(functional.conv2d(one, one) @ one, (1,))
-    except RuntimeError as error:
-        name = str(dtype).removeprefix("torch.")
-        raise SpoError(f"{name} does not work on {device} here ({error}); use preference_precision float32.") from error

@@ -21,6 +21,7 @@ from spo.algorithm.preference import Candidates
 from spo.checkpoint.tensor_file import TensorFile, read_tensors
 from spo.errors import SpoError
 from spo.files import write_whole
+from spo.preference.placement import Placement
 
 KIND = "taste"
 LATENT_CHANNELS = 4
@@ -149,10 +150,8 @@ def is_taste(file: TensorFile) -> bool:
     return file.metadata.get("spo_preference") == KIND
 
 
-def read_taste(
-    file: TensorFile, name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> TasteHead:
-    """The head in a file that `save_taste` wrote, in float32 whatever `dtype`. SpoError when it is damaged."""
+def read_taste(file: TensorFile, name: str, place: Placement) -> TasteHead:
+    """The head in a file that `save_taste` wrote, in float32. SpoError when it is damaged."""
     try:
         count, width = int(file.metadata["members"]), int(file.metadata["width"])
         facts = {field.name: file.metadata[field.name] for field in fields(TasteFacts)}
@@ -167,7 +166,7 @@ def read_taste(
         first = str(error).splitlines()[0]
         raise SpoError(f'"{file.path.name}" is a damaged taste head ({first}); fit it again from the votes.') from error
     head = TasteHead(members, TasteFacts(**{**facts, "name": name}, votes=votes, held_out_accuracy=accuracy))
-    head.members.to(device)
+    head.members.to(place.device)
     return head
 
 

@@ -15,8 +15,7 @@ from spo.config import Config, build_config, read_config_file
 from spo.errors import SpoError
 from spo.headless.plan import make_plan
 from spo.images import to_picture
-from spo.preference.load import load
-from spo.preference.small_decode import SmallDecode
+from spo.preference.load import load_preference
 from spo.progress import Progress, Watcher
 from spo.prompts import read_prompts
 from spo.report.curves import curves
@@ -141,16 +140,9 @@ def _train(job: Job, prepared: Prepared, resume: bool) -> None:
         job.asked_to_stop()
         with warnings.catch_warnings(record=True) as doubts:
             warnings.simplefilter("always", UserWarning)
-            preference = load(
-                config.preference.preference,
-                device=host.device,
-                dtype=_dtype(config.preference.preference_precision),
-                architecture=host.architecture,
-            )
+            preference = load_preference(config, host.device, host.architecture, job.say)
         for warning in doubts:
             job.say(str(warning.message))
-        if config.preference.small_decode and preference.needs_pixels:
-            preference = SmallDecode(preference, job.say)
         job.asked_to_stop()
         job.phase = "working"
         job.say(f"Training {job.name} on {host.checkpoint_name}.")
@@ -177,12 +169,6 @@ def _say_end(job: Job, config: Config, report: TrainingReport) -> None:
     else:
         job.phase = "stopped"
         job.say(f"Stopped after {report.steps} updates and saved as {name}; Resume in the Runs tab goes on.")
-
-
-def _dtype(name: str) -> Any:
-    import torch
-
-    return getattr(torch, name)
 
 
 def _watcher(job: Job, host: WebUIHost, preference: PreferenceModel) -> Watcher:

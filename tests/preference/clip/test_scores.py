@@ -28,6 +28,7 @@ from spo.preference.clip.scores import (
 )
 from spo.preference.clip.towers import CLIP_MEAN, CLIP_STD, token_ids
 from spo.preference.load import NO_TIME, load
+from spo.preference.placement import ON_CPU, placement
 from tests.conftest import relative_error
 
 PROMPTS = ["a red house", "", "a red house"]
@@ -98,7 +99,7 @@ def open_clip_file(tmp_path_factory):
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
 def test_equals_transformers(tmp_path, activation):
     clip = transformers_clip(activation)
-    model = read_clip_score(opened(save_folder(clip, tmp_path / "PickScore_v1")), "PickScore_v1")
+    model = read_clip_score(opened(save_folder(clip, tmp_path / "PickScore_v1")), "PickScore_v1", ON_CPU)
     assert model.name == "PickScore_v1" and model.needs_pixels
     pictures = torch.rand(2, 3, 3, 40, 32) * 2 - 1
     with torch.no_grad():
@@ -113,7 +114,7 @@ def test_equals_open_clip(open_clip_file):
     from open_clip import tokenize  # which pads with zeros
 
     path, theirs = open_clip_file
-    model = read_clip_score(opened(path), "hps")
+    model = read_clip_score(opened(path), "hps", ON_CPU)
     pictures = torch.rand(2, 3, 3, 40, 32) * 2 - 1
     prepared = longer_side(pictures.flatten(0, 1), 28)
     ids = token_ids(PROMPTS)
@@ -169,8 +170,8 @@ def test_bfloat16_stays_close(tmp_path):
     folder = save_folder(transformers_clip(), tmp_path / "clip")
     pictures = torch.rand(2, 3, 3, 28, 28) * 2 - 1
     exact, coarse = (
-        read_clip_score(opened(folder), "clip", dtype=dtype).score(pool_of(pictures), PROMPTS)
-        for dtype in (torch.float32, torch.bfloat16)
+        read_clip_score(opened(folder), "clip", placement("cpu", precision)).score(pool_of(pictures), PROMPTS)
+        for precision in ("float32", "bfloat16")
     )
     assert relative_error(coarse, exact) < 0.05
 
@@ -254,7 +255,8 @@ def test_aesthetic_scores(tmp_path, kind):
         features = clip(input_ids=token_ids([""]), pixel_values=pixels).image_embeds
         expected = (head if kind == "linear" else head["layers"])(features)[:, 0].unflatten(0, (2, 3))
     assert relative_error(model.score(pool_of(pictures), PROMPTS), expected) < 1e-5
-    elsewhere = read_aesthetic_score(opened(tmp_path / "sac+logos.pth"), "sac", clip_path=folder / "model.safetensors")
+    head_file = opened(tmp_path / "sac+logos.pth")
+    elsewhere = read_aesthetic_score(head_file, "sac", ON_CPU, clip_path=folder / "model.safetensors")
     assert torch.equal(elsewhere.score(pool_of(pictures), PROMPTS), model.score(pool_of(pictures), PROMPTS))
 
 
@@ -263,16 +265,16 @@ def test_the_clip_of_an_aesthetic_head_is_quick_gelu_without_a_word(tmp_path):
     tensors = {name: value.contiguous() for name, value in clip.state_dict().items()}
     save_file(tensors, tmp_path / "clip.safetensors", {"clip_config": json.dumps(clip.config.to_dict())})
     file = open_tensor_file(tmp_path / "clip.safetensors")
-    assert read_clip(file).shape.vision.activation == "quick_gelu"
+    assert read_clip(file, ON_CPU).shape.vision.activation == "quick_gelu"
 
 
 def test_an_aesthetic_head_alone_says_what_it_needs(tmp_path):
     torch.save(head_of("mlp", 20).state_dict(), tmp_path / "sac.pth")
     with pytest.raises(SpoError, match=r"needs CLIP ViT-L/14 beside it: put model\.safetensors of huggingface\.co"):
-        read_aesthetic_score(opened(tmp_path / "sac.pth"), "sac")
+        read_aesthetic_score(opened(tmp_path / "sac.pth"), "sac", ON_CPU)
     save_folder(transformers_clip(projection=24), tmp_path / "clip-vit-large-patch14")
     with pytest.raises(SpoError, match="features 20 wide, those of .* are 24 wide"):
-        read_aesthetic_score(opened(tmp_path / "sac.pth"), "sac")
+        read_aesthetic_score(opened(tmp_path / "sac.pth"), "sac", ON_CPU)
 
 
 # ---- files
@@ -299,11 +301,11 @@ def test_damaged_files_are_one_sentence(tmp_path):
     for said, content in damages.items():
         save_file(content, tmp_path / "clip.safetensors", config)
         with pytest.raises(SpoError, match=said):
-            read_clip_score(opened(tmp_path / "clip.safetensors"), "clip")
+            read_clip_score(opened(tmp_path / "clip.safetensors"), "clip", ON_CPU)
     whole = (tmp_path / "clip.safetensors").read_bytes()
     (tmp_path / "clip.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(SpoError, match="truncated"):
-        read_clip_score(opened(tmp_path / "clip.safetensors"), "clip")
+        read_clip_score(opened(tmp_path / "clip.safetensors"), "clip", ON_CPU)
     (tmp_path / "empty").mkdir()
     with pytest.raises(SpoError, match="holds no CLIP"):
         load(tmp_path / "empty")
