@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spo.files import size_text
 from spo.preference.download import HUB, download, find_published
-from spo.preference.load import OFFICIAL_FILES
+from spo.preference.official import OFFICIAL_FILES
+from spo.preference.pickles import in_half
 
 
 def add_fetch_preference(command: Callable[[str, Callable[[argparse.Namespace], int], str], Any]) -> None:
@@ -31,4 +33,6 @@ def _run(options: argparse.Namespace) -> int:
     with tqdm(total=remote.size_bytes, unit="B", unit_scale=True, file=sys.stderr) as bar:
         path = download(remote, options.folder, progress=lambda done, total: bar.update(done - bar.n))
     print(path)
+    if (twin := in_half(path)) != path:
+        print(f"{twin}  (in half precision, for GPUs: {size_text(twin.stat().st_size)})")
     return 0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from spo import __version__
 from spo.cli.compare import add_compare
+from spo.cli.convert_preference import add_convert_preference
 from spo.cli.demo import add_demo
 from spo.cli.fetch_preference import add_fetch_preference
 from spo.cli.inspect_file import add_inspect
@@ -43,7 +44,15 @@ def parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run, parser=made)
         return made
 
-    for add in (add_train, add_compare, add_inspect, add_train_preference, add_fetch_preference, add_demo):
+    for add in (
+        add_train,
+        add_compare,
+        add_inspect,
+        add_train_preference,
+        add_fetch_preference,
+        add_convert_preference,
+        add_demo,
+    ):
         add(command)
     return whole
 

@@ -19,7 +19,7 @@ from spo import __version__
 from spo.checkpoint.hashes import file_sha256
 from spo.errors import SpoError
 from spo.files import exists_already, size_text
-from spo.preference.load import OFFICIAL_FILES, OFFICIAL_REPOSITORY
+from spo.preference.official import OFFICIAL_FILES, OFFICIAL_REPOSITORY
 
 HUB = "https://huggingface.co"
 _TRIES = 3  # in a row without a new byte; within each, the hub's library tries several times itself

@@ -16,7 +16,7 @@ import torch
 
 from spo.algorithm.preference import PreferenceModel
 from spo.checkpoint import kinds
-from spo.checkpoint.tensor_file import TensorFile, open_tensor_file
+from spo.checkpoint.tensor_file import TensorFile
 from spo.config import Config
 from spo.errors import SpoError
 from spo.files import size_text
@@ -24,6 +24,8 @@ from spo.preference import latent_cnn
 from spo.preference.clip import scores
 from spo.preference.clip.step_aware import StepAwareCLIP, is_step_aware_clip, read_step_aware_clip
 from spo.preference.mix import SUFFIXES, MixedScore, is_mix, mix_name, read_mix
+from spo.preference.official import OFFICIAL_FILES, official_architecture, where_official
+from spo.preference.pickles import in_half, open_model_file, reads_pickles_safely
 from spo.preference.placement import Placement, placement
 from spo.preference.small_decode import SmallDecode
 from spo.preference.taste import head
@@ -79,25 +81,6 @@ BUNDLED = "demo"  # the name that stands for the file below
 BUNDLED_FILE = Path(__file__).parents[1] / "demo" / "preference.safetensors"
 
 
-@dataclass(frozen=True)
-class OfficialFile:
-    """A published step-aware model, as its authors uploaded it on 2024-06-21. sha256: of the whole file."""
-
-    name: str
-    sha256: str
-
-
-OFFICIAL_REPOSITORY = "SPO-Diffusion-Models/Step-Aware_Preference_Models"
-OFFICIAL_FILES = {  # by architecture
-    "sd15": OfficialFile(
-        "sd-v1-5_step-aware_preference_model.bin",
-        "02b7c39cf116b97774b52aa6b4590e0d17cf6d21758ae5e541530458dedf7470",
-    ),
-    "sdxl": OfficialFile(
-        "sdxl_step-aware_preference_model.bin",
-        "80917b1f044a05a3b63af74eabbb0bc758af535d488a7ee09f1dbbf2971407ca",
-    ),
-}
 _SPELLINGS = {"sdxl": re.compile(r"sd[-_ ]?xl", re.I), "sd15": re.compile(r"sd[-_ ]?v?1[-_. ]?[45](?!\d)", re.I)}
 
 NO_TIME = (
@@ -143,12 +126,14 @@ def load(
         )
     if not path.exists():
         raise SpoError(_missing(path, architecture))
-    file = open_tensor_file(scores.weights_in(path))
+    place = placement(device, precision, rest_on_cpu=rest_on_cpu)
+    weights = scores.weights_in(path)
+    file = open_model_file(in_half(weights) if place.dtype != torch.float32 else weights)
     kind = kind_of(file)
     if advice := _describe_file(path, file, kind).advice(architecture):
         warnings.warn(advice, stacklevel=2)
     name = BUNDLED if path == BUNDLED_FILE else _name(path)
-    return kind.reads(file, name, placement(device, precision, rest_on_cpu=rest_on_cpu))
+    return kind.reads(file, name, place)
 
 
 def load_preference(
@@ -272,7 +257,10 @@ def describe_preference(name_or_path: str | Path) -> PreferenceInfo:
     if is_mix(str(name_or_path)):
         return _describe_mix(str(name_or_path))
     path = _path_of(name_or_path)
-    file = open_tensor_file(scores.weights_in(path))
+    architecture = official_architecture(path)
+    if architecture is not None and not reads_pickles_safely():  # by its name: opening means hashing 5.2 GB before
+        return PreferenceInfo(path, path.stem, "step-aware CLIP", path.stat().st_size, "pixels", True, architecture)
+    file = open_model_file(scores.weights_in(path))
     return _describe_file(path, file, kind_of(file))
 
 
@@ -311,12 +299,6 @@ def named_after(name: str) -> str | None:
     """The architecture that a file's name mentions, if it mentions one alone."""
     named = [architecture for architecture, spelling in _SPELLINGS.items() if spelling.search(name)]
     return named[0] if len(named) == 1 else None
-
-
-def where_official(architecture: str) -> str:
-    """Where the published step-aware model for an architecture is found."""
-    official = [OFFICIAL_FILES[architecture]] if architecture in OFFICIAL_FILES else OFFICIAL_FILES.values()
-    return f"the official one is {' or '.join(file.name for file in official)} of huggingface.co/{OFFICIAL_REPOSITORY}"
 
 
 def is_model_folder(path: Path) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from spo.algorithm.diffusion import training_sigmas
 from spo.algorithm.preference import Candidates, PreferenceModel
-from spo.checkpoint.tensor_file import TensorFile, open_tensor_file
+from spo.checkpoint.tensor_file import TensorFile
 from spo.errors import SpoError
 from spo.files import exists_already
 from spo.preference.clip.loss import pair_label_loss
@@ -32,6 +32,7 @@ from spo.preference.clip.pair_data import PairSource, PicturePair, fitted, is_he
 from spo.preference.clip.scores import clip_tensors, is_plain_clip, weights_in
 from spo.preference.clip.step_aware import StepAwareCLIP, is_step_aware_clip, read_step_aware_clip, save_step_aware_clip
 from spo.preference.clip.towers import check_tensors, clip_shape, read_clip_config, token_ids
+from spo.preference.pickles import open_model_file
 from spo.progress import Progress, Watcher
 from spo.rng import generator
 from spo.runs.layout import RunFiles
@@ -126,7 +127,7 @@ def starting_model(path: Path, seed: int = 0) -> StepAwareCLIP:
     """A step-aware CLIP to train, float32 on the CPU: from PickScore or another CLIP (fresh, neutral modulation), or
     from a step-aware one to go on with. Raises SpoError for anything else.
     """
-    file = open_tensor_file(weights_in(path))
+    file = open_model_file(weights_in(path))
     if is_step_aware_clip(file):
         return read_step_aware_clip(file, path.stem)
     if not is_plain_clip(file):

@@ -13,7 +13,7 @@ from huggingface_hub import constants, file_download
 
 from spo.errors import SpoError
 from spo.preference.download import download, find_published, find_remote
-from spo.preference.load import OFFICIAL_FILES, OfficialFile
+from spo.preference.official import OFFICIAL_FILES, OfficialFile
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB
 BLOCK_BYTES = 1 << 20

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spo.algorithm.preference import Candidates
-from spo.checkpoint.tensor_file import TensorFile, open_tensor_file, read_tensors
+from spo.checkpoint.tensor_file import TensorFile, read_tensors
 from spo.errors import SpoError
 from spo.preference.clip.towers import (
     ClipShape,
@@ -42,6 +42,7 @@ from spo.preference.clip.towers import (
     unit,
     without_autocast,
 )
+from spo.preference.pickles import open_model_file
 from spo.preference.placement import Placement
 from spo.resting import Resting
 
@@ -223,7 +224,7 @@ def read_aesthetic_score(
     ]
     for linear, layer in zip(layers, _head_layers(file), strict=True):
         linear.load_state_dict({part: tensors[f"{layer}{part}"].float() for part in ("weight", "bias")})
-    clip_file = open_tensor_file(weights_in(clip_path or _clip_beside(file.path)))
+    clip_file = open_model_file(weights_in(clip_path or _clip_beside(file.path)))
     clip = read_clip(clip_file, place, default_config=_QUICK_GELU)
     if layers[0].in_features != clip.shape.projection:
         raise SpoError(
@@ -335,7 +336,7 @@ def _clip_beside(head: Path) -> Path:
         known = path.is_dir() or path.suffix.lower() in (".safetensors", ".bin", ".pt", ".pth")
         if path != head and known and any(spelling in path.name.lower() for spelling in spellings):
             try:
-                if is_plain_clip(open_tensor_file(weights_in(path))):
+                if is_plain_clip(open_model_file(weights_in(path))):
                     return path
             except SpoError:
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from spo.preference.download import download, find_published
+from spo.preference.pickles import in_half
 from spo.webui import a1111, folders
 from spo.webui.jobs.job import Job, start
 
@@ -35,4 +36,6 @@ def _fetch(job: Job, remote: RemoteFile) -> None:
     folder = folders.preference_folder()
     folder.mkdir(parents=True, exist_ok=True)
     path = download(remote, folder, progress=progress, should_stop=lambda: bool(job.stop_wanted))
+    job.say(f"Writing {path.name} in half precision, too, for the GPU ...")
+    in_half(path)
     job.say(f"{path.name} is in models/SPO; refresh the list of preference models and choose it.")
