@@ -190,7 +190,7 @@ def main() -> None:
     lines = [f"| rollout of | latents | {' | '.join(kinds)} | preference ms |", f"|{'---|' * 9}"]
     for px in options.sizes:
         values = {
-            "checkpoint": options.checkpoint, "prompts": "none", "output": "none.safetensors", "width": px,
+            "prompts": "none", "output": "none.safetensors", "width": px,
             "height": px, "sampling_steps": STEPS, "guidance_scale": 5.0, "negative_prompt": "bad",
         }  # fmt: skip
         config = build_config(values, "sd15")

@@ -9,6 +9,7 @@ be imported where there is no WebUI. What is `Any` here is an object of the WebU
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -121,6 +122,8 @@ class Checkpoint:
     name, hash       of the file, without its ending; the hash may be ""
     file             the file itself
     architecture     "sd15" or "sdxl"; prediction_type: "epsilon" or "v_prediction"
+    low_memory       the flag that moves parts of it between card and memory: "", "--medvram" (the UNet as one) or
+                     "--lowvram" (each of its blocks)
     """
 
     model: Any
@@ -130,6 +133,7 @@ class Checkpoint:
     file: Path
     architecture: str
     prediction_type: str
+    low_memory: str
 
     @property
     def network(self) -> nn.Module:
@@ -143,7 +147,7 @@ class Checkpoint:
 
 
 def loaded_checkpoint() -> Checkpoint:
-    """The loaded checkpoint. Raises SpoError for none, and for what cannot be sampled or trained; touches nothing."""
+    """The loaded checkpoint. Raises SpoError for none, and for what cannot be sampled step by step; touches nothing."""
     from modules import sd_models, sd_unet
 
     model = sd_models.model_data.get_sd_model()
@@ -161,7 +165,6 @@ def loaded_checkpoint() -> Checkpoint:
         raise SpoError(f"{title} takes {inputs} channels (inpainting or editing); load a text-to-image checkpoint.")
     if _is_refiner(model):
         raise SpoError(f"{title} is an SDXL refiner; load the base checkpoint.")
-    _refuse_low_memory_modes(model)
     if sd_unet.current_unet is not None:
         raise SpoError('Another SD Unet (TensorRT or the like) is in use; set "SD Unet" to None in the settings.')
     return Checkpoint(
@@ -172,6 +175,7 @@ def loaded_checkpoint() -> Checkpoint:
         file=Path(getattr(info, "filename", "")),
         architecture=_architecture(model),
         prediction_type="v_prediction" if getattr(model, "parameterization", "eps") == "v" else "epsilon",
+        low_memory=_low_memory(model),
     )
 
 
@@ -186,11 +190,34 @@ def _is_refiner(model: Any) -> bool:
     )
 
 
-def _refuse_low_memory_modes(model: Any) -> None:
+def _low_memory(model: Any) -> str:
     from modules import lowvram, shared
 
-    if lowvram.is_enabled(model) or shared.cmd_opts.lowvram:
-        raise SpoError("The WebUI runs with --lowvram or --medvram, which moves the network about; start it without.")
+    if not lowvram.is_enabled(model):
+        return ""
+    return "--lowvram" if shared.cmd_opts.lowvram else "--medvram"
+
+
+def refuse_training(checkpoint: Checkpoint) -> None:
+    """SpoError when this checkpoint can be sampled, but not trained, as the WebUI runs it."""
+    if checkpoint.low_memory == "--lowvram":
+        raise SpoError(
+            "The WebUI runs with --lowvram, which keeps one block of the network on the card at a time, so it cannot "
+            "be trained; start it with --medvram. Voting and comparing work as it is."
+        )
+    if next(checkpoint.network.parameters()).dtype.itemsize == 1 and _casts_by_hand():
+        raise SpoError(
+            "FP8 weights cannot be trained on this card, for which the WebUI converts them layer by layer; set "
+            '"FP8 weight" to Disable in the settings.'
+        )
+
+
+def _casts_by_hand() -> bool:
+    """Whether the WebUI converts weights and inputs layer by layer (MPS, GTX 16xx) where others have autocast."""
+    from modules import devices
+
+    with devices.autocast():
+        return hasattr(nn.Linear, "org_forward")
 
 
 @dataclass(frozen=True)
@@ -227,20 +254,129 @@ def load_afresh(checkpoint: Checkpoint) -> None:
         sd_models.reload_model_weights(model, info=model.sd_checkpoint_info, forced_reload=True)
 
 
-@contextmanager
-def users_state_kept() -> Iterator[None]:
-    """Sampling inside leaves the active networks and the prompt history as they were."""
+def swap_back() -> None:
+    """Load the checkpoint chosen at the top of the page where another was left in its place, a refiner for instance, as
+    the WebUI itself does before it generates. Hold the queue.
+    """
+    from modules import sd_models
+
+    sd_models.reload_model_weights()
+
+
+def chosen_checkpoint() -> Checkpoint:
+    """`loaded_checkpoint`, after the chosen one was swapped back where another was left; waits for the queue then."""
+    if other_left_loaded():
+        with in_queue("SPO"):
+            if other_left_loaded():
+                swap_back()
+    return loaded_checkpoint()
+
+
+def other_left_loaded() -> bool:
+    """Whether another checkpoint is loaded than the chosen one; None loaded yet is not."""
+    from modules import sd_models
+
+    model = sd_models.model_data.sd_model
+    chosen = sd_models.checkpoint_aliases.get(_option("sd_model_checkpoint"))
+    return model is not None and chosen is not None and model.sd_checkpoint_info.filename != chosen.filename
+
+
+def _option(name: str) -> Any:
     from modules import shared
 
-    networks = _active_networks()
+    return getattr(shared.opts, name, None)
+
+
+@contextmanager
+def pinned(checkpoint: Checkpoint) -> Iterator[None]:
+    """What is sampled inside is sampled from this checkpoint, and leaves networks and prompt history as they were.
+
+    The WebUI looks at its settings before each picture, and loads what is chosen there: another checkpoint, or the same
+    one in FP8. Inside it does not; the page's own change of the setting waits for the queue and is done afterwards.
+    """
+    from modules import sd_models, shared
+
+    load, networks, afresh = sd_models.reload_model_weights, _active_networks(), list[bool]()
     history = shared.cmd_opts.no_prompt_history
+
+    def stay(sd_model: Any = None, info: Any = None, forced_reload: bool = False) -> Any:
+        if info is None or info is checkpoint.info:
+            afresh.append(forced_reload)
+            return checkpoint.model
+        return load(sd_model, info, forced_reload)  # somebody means it: `is_loaded` says so
+
+    sd_models.reload_model_weights = stay
     shared.cmd_opts.no_prompt_history = True  # our sampling must not become the user's last prompt
     try:
         yield
     finally:
+        sd_models.reload_model_weights = load
         shared.cmd_opts.no_prompt_history = history
         for put_back in networks:
             put_back()
+        if any(afresh) and is_loaded(checkpoint):
+            load(checkpoint.model, checkpoint.info, forced_reload=True)
+
+
+@contextmanager
+def trainable(checkpoint: Checkpoint) -> Iterator[None]:
+    """The network as rollouts and training need it, both alike; afterwards as it was.
+
+    Attention that keeps no matrix for the backward pass; no Hypertile, token merging or tiling of the last generation
+    left in the modules; with --medvram nothing left on the card.
+    """
+    from modules import lowvram, sd_hijack, sd_models
+
+    model = checkpoint.model
+    merged = getattr(model, "applied_token_merged_ratio", 0)
+    tiling = sd_hijack.model_hijack.circular_enabled
+    with _memory_saving_attention(), _without_hypertile(model):
+        sd_models.apply_token_merging(model, 0)
+        sd_hijack.model_hijack.apply_circular(False)
+        try:
+            yield
+        finally:
+            if is_loaded(checkpoint):
+                sd_hijack.model_hijack.apply_circular(tiling)
+                sd_models.apply_token_merging(model, merged)
+            if checkpoint.low_memory:
+                lowvram.send_everything_to_cpu()
+
+
+@contextmanager
+def _memory_saving_attention() -> Iterator[None]:
+    """Scaled dot product attention, unless the user's is as saving: Doggettx keeps matrices [tokens, tokens]."""
+    import ldm.modules.attention
+    import sgm.modules.attention
+    from modules import sd_hijack, sd_hijack_optimizations
+
+    if getattr(sd_hijack.current_optimizer, "name", "") in ("xformers", "sdp", "sdp-no-mem"):
+        yield
+        return
+    classes = (ldm.modules.attention.CrossAttention, sgm.modules.attention.CrossAttention)
+    before = [attention.forward for attention in classes]
+    for attention in classes:
+        attention.forward = sd_hijack_optimizations.scaled_dot_product_attention_forward
+    try:
+        yield
+    finally:
+        for attention, forward in zip(classes, before, strict=True):
+            attention.forward = forward
+
+
+@contextmanager
+def _without_hypertile(model: nn.Module) -> Iterator[None]:
+    """Hypertile wraps the forward of single modules and leaves it there, switched on, until the next generation."""
+    wrapped = [
+        (module, module.__dict__.pop("forward"))
+        for module in model.modules()
+        if "__webui_hypertile_params" in module.__dict__ and "forward" in module.__dict__
+    ]
+    try:
+        yield
+    finally:
+        for module, forward in wrapped:
+            module.forward = forward
 
 
 # ------------------------------------------------------------------------------------------------- the network, the VAE
@@ -280,6 +416,43 @@ def autocast() -> AbstractContextManager[Any]:
     return devices.without_autocast() if devices.unet_needs_upcast else devices.autocast()
 
 
+def network_to_card(checkpoint: Checkpoint) -> None:
+    """With --medvram, bring the UNet to the card as its own forward does; an optimizer's state is made where it is."""
+    if checkpoint.low_memory != "--medvram":
+        return
+    for hook in checkpoint.model.model._forward_pre_hooks.values():
+        if getattr(hook, "__name__", "") == "send_me_to_gpu":  # of modules.lowvram, which keeps the books
+            hook(checkpoint.model.model, ())
+
+
+def has_moved(checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Whether the network, once on this device, was taken away: unloaded. With --medvram it comes and goes."""
+    now = next(checkpoint.network.parameters()).device
+    return now.type == "meta" or (not checkpoint.low_memory and now != device)
+
+
+def keep_adapter_precision(network: nn.Module) -> None:
+    """Adapter layers compute in the precision of their float32 weights where the WebUI casts by hand.
+
+    Its `manual_cast` would round each layer's weights to float16 and back at every forward, for good. It patches the
+    forward of the classes, so one of the layer's own wins. May be called again and again.
+    """
+    for name, layer in network.named_modules():
+        if (".lora_A." in name or ".lora_B." in name) and "forward" not in layer.__dict__:
+            if isinstance(layer, nn.Linear):
+                layer.__dict__["forward"] = partial(_linear, layer)
+            elif isinstance(layer, nn.Conv2d):
+                layer.__dict__["forward"] = partial(_convolution, layer)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return nn.functional.linear(x.to(layer.weight.dtype), layer.weight, layer.bias)
+
+
+def _convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    return layer._conv_forward(x.to(layer.weight.dtype), layer.weight, layer.bias)
+
+
 def set_gradient_checkpointing(network: nn.Module, on: bool) -> None:
     """Recompute the transformer and residual blocks in the backward pass, or not; leaves no trace when off.
 
@@ -302,10 +475,46 @@ def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 
 @torch.no_grad()
 def decode(checkpoint: Checkpoint, latents: Tensor) -> Tensor:
-    """[N, 4, h, w] latents -> [N, 3, 8 h, 8 w] float32, about [-1, 1], by the user's VAE and decode method."""
-    from modules import sd_samplers_common
+    """[N, 4, h, w] latents -> [N, 3, 8 h, 8 w] float32, about [-1, 1], by the user's VAE and decode method.
 
-    return sd_samplers_common.decode_first_stage(checkpoint.model, latents).float()
+    A half-precision VAE that overflows is switched to the precision that the WebUI's settings name, as the WebUI does
+    (processing.decode_latent_batch), for good. SpoError, naming the VAE, when the pictures are NaN or black even so.
+    """
+    from modules import devices, sd_samplers_common
+
+    with _without_casting_by_hand():
+        pictures = sd_samplers_common.decode_first_stage(checkpoint.model, latents).float()
+        better = _better_vae_dtype()
+        if not _are_pictures(pictures) and better not in (None, devices.dtype_vae):
+            devices.dtype_vae = better
+            checkpoint.model.first_stage_model.to(better)
+            pictures = sd_samplers_common.decode_first_stage(checkpoint.model, latents).float()
+    if not _are_pictures(pictures):
+        raise SpoError(bad_vae_text("gave pictures that are not finite or all black"))
+    return pictures
+
+
+def _are_pictures(pictures: Tensor) -> bool:
+    """Whether all of [N, 3, H, W] are finite, and none is nothing but black."""
+    return bool(torch.isfinite(pictures).all()) and bool((pictures.flatten(1).amax(1) > -1).all())
+
+
+def _better_vae_dtype() -> torch.dtype | None:
+    """What the settings say that a VAE is to be switched to when it gives NaN."""
+    if _option("auto_vae_precision_bfloat16"):
+        return torch.bfloat16
+    return torch.float32 if _option("auto_vae_precision") else None
+
+
+def bad_vae_text(what: str) -> str:
+    """A sentence about the VAE in use, which `what`, and what to do."""
+    from modules import sd_vae
+
+    name = sd_vae.get_loaded_vae_name() or "the checkpoint's own"
+    return (
+        f"The VAE ({name}) {what}; choose another SD VAE, or start the WebUI with --no-half-vae. Nothing was scored or "
+        "voted on by them."
+    )
 
 
 @torch.no_grad()
@@ -313,16 +522,36 @@ def encode(checkpoint: Checkpoint, pictures: Tensor, noise: Tensor | None = None
     """[N, 3, H, W] pictures in [-1, 1] -> [N, 4, H / 8, W / 8] float32 latents by the user's VAE.
 
     noise  [N, 4, H / 8, W / 8] draws from the encoding; None: its mean. SDXL's stage draws by itself
+    Raises SpoError, naming the VAE, when they are not finite.
     """
     from modules import devices
 
     model = checkpoint.model
-    with devices.without_autocast():
+    with devices.without_autocast(), _without_casting_by_hand():
         encoded = model.encode_first_stage(pictures.to(next(model.first_stage_model.parameters()).dtype))
         if isinstance(encoded, Tensor):
-            return model.get_first_stage_encoding(encoded).float()
-        latents = encoded.mode() if noise is None else encoded.mean + encoded.std * noise.to(encoded.mean)
-        return (model.scale_factor * latents).float()
+            latents = model.get_first_stage_encoding(encoded).float()
+        else:
+            drawn = encoded.mode() if noise is None else encoded.mean + encoded.std * noise.to(encoded.mean)
+            latents = (model.scale_factor * drawn).float()
+    if not bool(torch.isfinite(latents).all()):
+        raise SpoError(bad_vae_text("gave latents that are not finite"))
+    return latents
+
+
+@contextmanager
+def _without_casting_by_hand() -> Iterator[None]:
+    """The VAE in its own precision, also inside the WebUI's `manual_cast`, outside which the WebUI itself decodes."""
+    from modules import devices
+
+    casting = [(kind, kind.forward) for kind in devices.patch_module_list if hasattr(kind, "org_forward")]
+    for kind, _ in casting:
+        kind.forward = kind.org_forward
+    try:
+        yield
+    finally:
+        for kind, forward in casting:
+            kind.forward = forward
 
 
 # -------------------------------------------------------------------------------------------------------------- prompts
@@ -372,36 +601,80 @@ class StepConditioning:
 
 
 @dataclass(frozen=True)
-class EncodedPrompt:
-    """A positive and the negative prompt with what they are at every step, as the WebUI's processing makes them."""
+class EncodedPrompts:
+    """Prompts with what they are at every step, in the WebUI's own terms, in memory and not on the card.
 
-    positive: Any
+    positive  prompt -> its parts (of AND), each with its schedule; negative: the schedule of the one negative prompt
+    """
+
+    positive: Mapping[str, Any]
     negative: Any
 
-    def at(self, step: int) -> StepConditioning:
-        """At step number `step`, 0-based: prompt editing and AND count."""
+    def at(self, prompt: str, step: int, device: torch.device) -> StepConditioning:
+        """What a prompt is at step number `step`, 0-based: prompt editing and AND count."""
         from modules import prompt_parser
 
-        weights, cond = prompt_parser.reconstruct_multicond_batch(self.positive, step)
-        return StepConditioning(cond, tuple(weights[0]), prompt_parser.reconstruct_cond_batch(self.negative, step))
+        weights, cond = prompt_parser.reconstruct_multicond_batch(self._multicond([self.positive[prompt]]), step)
+        uncond = prompt_parser.reconstruct_cond_batch([self.negative], step)
+        return StepConditioning(_to(cond, device), tuple(weights[0]), _to(uncond, device))
+
+    def batch(self, prompts: Sequence[str], device: torch.device) -> tuple[Any, Any]:
+        """(cond, uncond) of a batch for the CFG denoiser."""
+        negative = _schedule_to(self.negative, device)
+        parts = [_parts_to(self.positive[prompt], device) for prompt in prompts]
+        return self._multicond(parts), [negative] * len(prompts)
+
+    def _multicond(self, parts: list[Any]) -> Any:
+        from modules import prompt_parser
+
+        return prompt_parser.MulticondLearnedConditioning((len(parts),), parts)
 
 
-def encode_prompt(
-    checkpoint: Checkpoint, prompt: str, negative_prompt: str, steps: int, width: int, height: int
-) -> EncodedPrompt:
-    """Both prompts through the text encoders, for `steps` steps; the active networks count. width, height in pixels."""
+def encode_prompts(
+    checkpoint: Checkpoint, prompts: Iterable[str], negative_prompt: str, steps: int, width: int, height: int
+) -> EncodedPrompts:
+    """All prompts through the text encoders, for `steps` steps; the active networks count. width, height in pixels.
+
+    One by one, as the WebUI itself does: its emphasis normalises over what is encoded together.
+    """
+    from modules import prompt_parser, sd_hijack
+
+    model, cpu, scheduling = checkpoint.model, torch.device("cpu"), (steps, None, _option("use_old_scheduling"))
+
+    def text(one: str, negative: bool) -> Any:
+        return prompt_parser.SdConditioning([one], width=width, height=height, is_negative_prompt=negative)
+
+    sd_hijack.model_hijack.embedding_db.load_textual_inversion_embeddings()
+    with torch.no_grad(), autocast():
+        positive = {}
+        for prompt in prompts:
+            conditioning = prompt_parser.get_multicond_learned_conditioning(
+                model, text(prompt_text(prompt), False), *scheduling
+            )
+            positive[prompt] = _parts_to(conditioning.batch[0], cpu)
+        negative = prompt_parser.get_learned_conditioning(model, text(negative_prompt, True), *scheduling)
+    return EncodedPrompts(positive, _schedule_to(negative[0], cpu))
+
+
+def _parts_to(parts: list[Any], device: torch.device) -> list[Any]:
     from modules import prompt_parser
 
-    def conditioning(text: str, negative: bool) -> Any:
-        return prompt_parser.SdConditioning([text], width=width, height=height, is_negative_prompt=negative)
+    return [
+        prompt_parser.ComposableScheduledPromptConditioning(_schedule_to(part.schedules, device), part.weight)
+        for part in parts
+    ]
 
-    model = checkpoint.model
-    with torch.no_grad(), autocast():
-        positive = prompt_parser.get_multicond_learned_conditioning(
-            model, conditioning(prompt_text(prompt), False), steps
-        )
-        negative = prompt_parser.get_learned_conditioning(model, conditioning(negative_prompt, True), steps)
-    return EncodedPrompt(positive, negative)
+
+def _schedule_to(schedule: list[Any], device: torch.device) -> list[Any]:
+    return [entry._replace(cond=_to(entry.cond, device)) for entry in schedule]
+
+
+def _to(conditioning: Any, device: torch.device) -> Any:
+    """A tensor, or SDXL's dict of tensors, on a device."""
+    if isinstance(conditioning, dict):
+        moved = {key: value.to(device) for key, value in conditioning.items()}
+        return type(conditioning)(moved)
+    return conditioning.to(device)
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
@@ -435,11 +708,13 @@ class OwnSampling:
     function  k-diffusion's signature, `f(model, x, sigmas, extra_args, callback, disable)`; model: the CFG denoiser
     sigmas    [steps + 1] noise levels
     noise     [B, 4, h, w] standard normal, the latents to begin with
+    encoded   the request's prompts, so that nothing is encoded; None: the WebUI encodes
     """
 
     function: Callable[..., Tensor]
     sigmas: Tensor
     noise: Tensor
+    encoded: EncodedPrompts | None = None
 
 
 @dataclass(frozen=True)
@@ -460,12 +735,19 @@ class Pictures:
 def txt2img(request: PictureRequest, sampling: OwnSampling | None = None) -> Pictures:
     """The WebUI's own processing, with styles, scripts and saving left out; nothing comes on its disk.
 
-    sampling  up to the latents only, by our own sampler function: nothing is decoded
+    sampling  up to the latents only, by our own sampler function: nothing is decoded, and settings that the training
+              step does not have are off (token merging, tiling, NGMS, Skip Early CFG, face restoration)
     """
     from modules import processing, sd_samplers_common, sd_samplers_kdiffusion, shared
 
     class Processing(processing.StableDiffusionProcessingTxt2Img):
         latents: Tensor | None = None
+
+        def setup_conds(self) -> None:
+            if sampling is None or sampling.encoded is None:
+                super().setup_conds()
+            else:
+                self.c, self.uc = sampling.encoded.batch(request.prompts, shared.device)
 
         def sample(self, conditioning: Any, unconditional_conditioning: Any, *args: Any, **kwargs: Any) -> Any:
             if sampling is None:
@@ -490,7 +772,15 @@ def txt2img(request: PictureRequest, sampling: OwnSampling | None = None) -> Pic
     class Sampler(sd_samplers_kdiffusion.KDiffusionSampler):
         def get_sigmas(self, p: Any, steps: int) -> Tensor:
             assert sampling is not None
-            return sampling.sigmas
+            return sampling.sigmas  # whatever the settings say of the last but one
+
+        def launch_sampling(self, steps: int, func: Callable[[], Any]) -> Any:
+            def guided() -> Any:
+                # the share of steps is not below any setting then: no "Skip Early CFG", which training does not have
+                self.model_wrap_cfg.total_steps = math.nan
+                return func()
+
+            return super().launch_sampling(steps, guided)
 
     p = Processing(
         prompt=list(request.prompts),
@@ -506,6 +796,7 @@ def txt2img(request: PictureRequest, sampling: OwnSampling | None = None) -> Pic
         scheduler="Automatic",
         do_not_save_samples=True,
         do_not_save_grid=True,
+        **({} if sampling is None else {"restore_faces": False, "tiling": False, "s_min_uncond": 0.0}),
     )
     try:
         processed = processing.process_images(p)
@@ -574,6 +865,24 @@ def prompt_of_picture(picture: Image) -> str:
 
 
 # --------------------------------------------------------------------------------------------- LoRAs and other networks
+
+
+def lora_folders() -> list[Path]:
+    """Where the WebUI looks for LoRA files: --lora-dir, and the LyCORIS folder of old when it is there."""
+    from modules import shared
+
+    old = getattr(shared.cmd_opts, "lyco_dir_backcompat", None)  # of the Lora extension, which may be off
+    folders = [lora_folder(), *([Path(old).absolute()] if old else [])]
+    return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+
+def lora_files(*endings: str) -> list[Path]:
+    """The files with these endings in `lora_folders`, as the WebUI finds them: also through links."""
+    from modules import shared
+
+    return [
+        Path(file) for folder in lora_folders() for file in shared.walk_files(str(folder), allowed_extensions=endings)
+    ]
 
 
 @dataclass(frozen=True)

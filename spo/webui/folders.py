@@ -45,15 +45,21 @@ def lora_path(name: str) -> Path:
 
 
 def lora_name(path: Path) -> str:
-    """The inverse of `lora_path`."""
-    folder = a1111.lora_folder().resolve()
-    path = path.resolve().with_suffix("")
-    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
+    """The inverse of `lora_path`, as the file is called there, be it a link; LyCORIS/NAME for one of the old folder."""
+    main, *others = [a1111.lora_folder(), *a1111.lora_folders()[1:]]
+    stem = path.absolute().with_suffix("")
+    for place, folder in ((stem, main), (path.resolve().with_suffix(""), main.resolve())):
+        if place.is_relative_to(folder):
+            return place.relative_to(folder).as_posix()
+    for folder in others:
+        if stem.is_relative_to(folder):
+            return f"{folder.name}/{stem.relative_to(folder).as_posix()}"
+    return path.stem
 
 
 def lora_files() -> dict[str, Path]:
-    """The .safetensors files in the LoRA folder by name (`lora_name`), sorted."""
-    return {lora_name(path): path for path in sorted(a1111.lora_folder().rglob("*.safetensors"))}
+    """The .safetensors files that the WebUI finds, by name (`lora_name`), sorted."""
+    return {lora_name(path): path for path in sorted(a1111.lora_files(".safetensors"))}
 
 
 def free_name(wanted: str) -> str:
@@ -89,9 +95,8 @@ def run_names() -> list[str]:
 
 def lora_names() -> list[str]:
     """Every LoRA file in the folder, those that SPO trained first (they have settings or stages), then by name."""
-    names = [lora_name(path) for path in a1111.lora_folder().rglob("*.safetensors")]
     runs = set(run_names())
-    return sorted(names, key=lambda name: (not {name, split_stage(name)[0]} & runs, name.lower()))
+    return sorted(lora_files(), key=lambda name: (not {name, split_stage(name)[0]} & runs, name.lower()))
 
 
 def preference_choices() -> list[str]:

@@ -22,24 +22,34 @@ from spo.progress import StopRequested
 from spo.rng import SeededDraws
 from spo.training.loop import ladder_of
 from spo.webui import a1111
-from spo.webui.a1111 import EncodedPrompt, OwnSampling, PictureRequest, Pictures, StepConditioning
+from spo.webui.a1111 import Checkpoint, EncodedPrompts, OwnSampling, PictureRequest, Pictures, StepConditioning
 
 
 @contextmanager
-def borrowed(config: Config) -> Iterator[WebUIHost]:
-    """The loaded checkpoint as a host. Afterwards the active networks, the prompt history and the blocks are as before.
+def borrowed(config: Config, *, training: bool = False) -> Iterator[WebUIHost]:
+    """The loaded checkpoint as a host. Afterwards everything of the WebUI's is as before. Hold the WebUI's queue.
 
-    Raises SpoError for a checkpoint that cannot be trained, before anything is touched. Hold the WebUI's queue.
+    Raises SpoError, before anything is touched, for a checkpoint that cannot be sampled step by step or, in training,
+    not be trained, and for another one than the configuration's.
     """
-    host = WebUIHost(config)
+    if a1111.other_left_loaded():
+        a1111.swap_back()
+    checkpoint = a1111.loaded_checkpoint()
+    if config.model.checkpoint not in ("", str(checkpoint.file)):
+        raise SpoError(
+            f"The checkpoint was changed to {checkpoint.name} while this waited in the WebUI's queue; start it again."
+        )
+    if training:
+        a1111.refuse_training(checkpoint)
     try:
-        with a1111.users_state_kept():
+        with a1111.pinned(checkpoint), a1111.trainable(checkpoint):
+            host = WebUIHost(config, checkpoint)
             try:
                 yield host
             finally:
                 host.set_gradient_checkpointing(False)
     finally:
-        a1111.load_afresh(host.checkpoint)
+        a1111.load_afresh(checkpoint)
 
 
 class WebUIHost:
@@ -47,19 +57,19 @@ class WebUIHost:
 
     naming = "ldm"
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.checkpoint = a1111.loaded_checkpoint()
-        self.architecture = self.checkpoint.architecture
-        self.prediction_type = self.checkpoint.prediction_type
-        self.network = self.checkpoint.network
-        self.checkpoint_name, self.checkpoint_hash = self.checkpoint.name, self.checkpoint.hash
+    def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
+        self.config, self.checkpoint = config, checkpoint
+        self.architecture = checkpoint.architecture
+        self.prediction_type = checkpoint.prediction_type
+        self.network = checkpoint.network
+        self.checkpoint_name, self.checkpoint_hash = checkpoint.name, checkpoint.hash
         self.device = a1111.device()
         self.decode_batch = config.rollout.decode_batch
-        self._place = next(self.network.parameters()).device
         self.prompts: list[str] = []
         self.last_prompts: list[str] = []
-        self._encoded: dict[str, EncodedPrompt] = {}
+        self._encoded: EncodedPrompts | None = None
+        a1111.network_to_card(checkpoint)
+        self._place = next(self.network.parameters()).device
         if config.model.gradient_checkpointing:
             self.set_gradient_checkpointing(True)
 
@@ -75,7 +85,7 @@ class WebUIHost:
     def check(self) -> None:
         """SpoError when the checkpoint was switched or moved since training began."""
         switched = not a1111.is_loaded(self.checkpoint)
-        if switched or next(self.network.parameters()).device != self._place:
+        if switched or a1111.has_moved(self.checkpoint, self._place):
             raise SpoError(
                 f"{self.checkpoint_name} was {'switched' if switched else 'unloaded'} while it was being trained, so "
                 "the run has ended. Load it again and resume, to go on from the last saved state."
@@ -84,11 +94,10 @@ class WebUIHost:
     # ---- prompts
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Make the networks active that the prompts name. The WebUI encodes when it samples.
+        """Make the networks active that the prompts name, and encode all prompts, with the settings of now.
 
         Raises SpoError when prompts name different networks, since the WebUI's batches use those of the first.
         """
-        self._encoded.clear()
         self.prompts = list(prompts)
         by_networks = {" ".join(a1111.networks_of(prompt)): prompt for prompt in prompts}
         if len(by_networks) > 1:
@@ -98,19 +107,11 @@ class WebUIHost:
                 "Give them the same ones, or train without."
             )
         a1111.activate_networks(prompts[0])
-
-    def _encoded_prompt(self, prompt: str) -> EncodedPrompt:
-        if prompt not in self._encoded:
-            settings = self.config.prompt
-            self._encoded[prompt] = a1111.encode_prompt(
-                self.checkpoint,
-                prompt,
-                settings.negative_prompt,
-                len(self.ladder()) - 1,
-                settings.width,
-                settings.height,
-            )
-        return self._encoded[prompt]
+        size = self.config.prompt
+        self._encoded = a1111.encode_prompts(
+            self.checkpoint, prompts, size.negative_prompt, len(self.ladder()) - 1, size.width, size.height
+        )
+        a1111.network_to_card(self.checkpoint)
 
     def ladder(self) -> Tensor:
         """[T + 1] noise levels: the configured ones, on the loaded model's own schedule."""
@@ -148,7 +149,9 @@ class WebUIHost:
             return rollout.x
 
         size = self.config.prompt
-        own = OwnSampling(sample, self.ladder(), draws.initial((4, size.height // 8, size.width // 8)))
+        noise = draws.initial((4, size.height // 8, size.width // 8))
+        own = OwnSampling(sample, self.ladder(), noise, self._encoded)
+        a1111.keep_adapter_precision(self.network)
         self.last_prompts = list(prompts)
         while True:
             self.check()
@@ -194,7 +197,11 @@ class WebUIHost:
         """Denoised latents with gradient, each with the conditioning its prompt had at its step; see `Host`."""
         self.check()
         guidance = self.config.rollout.guidance_scale if self.config.loss.train_guidance else 1.0
-        conditioning = [self._encoded_prompt(prompt).at(n) for prompt, n in zip(prompts, step.tolist(), strict=True)]
+        assert self._encoded is not None
+        conditioning = [
+            self._encoded.at(prompt, n, self.device) for prompt, n in zip(prompts, step.tolist(), strict=True)
+        ]
+        a1111.keep_adapter_precision(self.network)
         inner = a1111.denoiser(self.checkpoint)
         if len({length for one in conditioning for length in one.lengths()}) == 1:
             groups = [list(range(len(conditioning)))]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 
 class _Styles:
@@ -30,19 +32,29 @@ def webui(monkeypatch, tmp_path):
     """A stand-in for the parts of `modules` that the routes touch. webui.shared is its module of that name."""
     flags = SimpleNamespace(api=True, nowebui=False, api_auth="", lora_dir=str(tmp_path / "Lora"), lowvram=False)
     state = SimpleNamespace(interrupted=False, stopping_generation=False, begin=lambda job: None, end=lambda: None)
+    network = SimpleNamespace(input_blocks=[_Network()], parameters=lambda: iter([torch.zeros(1)]))
     model = SimpleNamespace(
         sd_checkpoint_info=SimpleNamespace(filename=str(tmp_path / "model.safetensors"), title="model"),
-        model=SimpleNamespace(diffusion_model=SimpleNamespace(input_blocks=[_Network()])),
+        model=SimpleNamespace(diffusion_model=network),
     )
     nothing = lambda *_, **__: None  # noqa: E731
+
+    def walk_files(folder, allowed_extensions):
+        for place, _, names in os.walk(folder, followlinks=True):
+            yield from (os.path.join(place, name) for name in names if name.endswith(tuple(allowed_extensions)))
+
     parts = {
         "shared": {
             "cmd_opts": flags,
             "state": state,
             "prompt_styles": _Styles(),
             "opts": SimpleNamespace(CLIP_stop_at_last_layers=1),
+            "walk_files": walk_files,
         },
-        "sd_models": {"model_data": SimpleNamespace(get_sd_model=lambda: model)},
+        "sd_models": {
+            "model_data": SimpleNamespace(get_sd_model=lambda: model, sd_model=model),
+            "checkpoint_aliases": {},
+        },
         "lowvram": {"is_enabled": lambda _: False},
         "sd_unet": {"current_unet": None},
         "progress": {

@@ -38,5 +38,19 @@ def test_names_and_paths_go_both_ways(webui, tmp_path):
         folders.lora_path("link/vivid")
 
 
+def test_loras_are_found_as_the_webui_finds_them(webui, tmp_path):
+    """Linked files and folders, and the LyCORIS folder of old."""
+    lora, lycoris, elsewhere = tmp_path / "Lora", tmp_path / "LyCORIS", tmp_path / "elsewhere"
+    webui.shared.cmd_opts.lyco_dir_backcompat = str(lycoris)
+    for folder in (lora / "mine", lycoris, elsewhere):
+        folder.mkdir(parents=True)
+    for path in (lora / "mine" / "vivid", lycoris / "old", elsewhere / "far"):
+        path.with_suffix(".safetensors").write_bytes(b"x")
+    (lora / "linked").symlink_to(elsewhere)
+    (lora / "alias.safetensors").symlink_to(elsewhere / "far.safetensors")
+    assert sorted(folders.lora_files()) == ["LyCORIS/old", "alias", "linked/far", "mine/vivid"]
+    assert folders.lora_names() == ["alias", "linked/far", "LyCORIS/old", "mine/vivid"]
+
+
 def test_the_bundled_prompts_are_there():
     assert len(Path(folders.BUNDLED_PROMPTS).read_text("utf-8").splitlines()) > 50

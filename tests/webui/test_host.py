@@ -114,7 +114,7 @@ def one_candidate(*, prompt=PROMPT, seed=7, scheduler="Karras", size=128):
 
 def config_for(folder: Path, name, architecture, **changes):
     values = {
-        "checkpoint": name,
+        "checkpoint": str(Path(str(WEBUI)) / "models" / "Stable-diffusion" / f"{name}.safetensors"),
         "prompts": "prompts.txt",
         "output": str(folder / f"{name}.safetensors"),
         "width": 128,

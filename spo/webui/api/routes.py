@@ -182,8 +182,10 @@ def start(body: bodies.Start) -> dict[str, Any]:
 
 def compare(body: bodies.Compare) -> dict[str, Any]:
     """Start a comparison; the answer is the status."""
+    files = folders.lora_files()
     for name in body.loras:
-        folders.lora_path(name)
+        if name not in files:
+            folders.lora_path(name)
     _check_preference(body.preference)
     _check_free()
     return status(comparison.start_comparison(comparison.CompareRequest(**dict(body))))
@@ -227,10 +229,11 @@ def _check_architecture(preset: str) -> None:
 
 
 def _lora_file(name: str) -> str:
-    path = folders.lora_path(name)
-    if not path.is_file():
-        raise SpoError(f'start_from is "{name}"; there is no such file in the LoRA folder.')
-    return str(path)
+    files = folders.lora_files()
+    if name not in files:
+        folders.lora_path(name)
+        raise SpoError(f'start_from is "{name}"; there is no such file in the LoRA folder{nearest(name, files)}.')
+    return str(files[name])
 
 
 def status(now: job.Job | None) -> dict[str, Any]:

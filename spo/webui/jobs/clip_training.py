@@ -15,7 +15,7 @@ from spo.progress import Watcher
 from spo.training.clip import PRESETS, ClipTraining, check_output, starting_model, train_clip
 from spo.webui import a1111, folders
 from spo.webui.host import borrowed
-from spo.webui.jobs.job import Job, start
+from spo.webui.jobs.job import Job, ready_checkpoint, start
 from spo.webui.jobs.voting import votes_folder
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ class ClipRequest:
 def start_clip_training(request: ClipRequest) -> Job:
     """Check the request, then train in the WebUI's queue. Raises SpoError at once for what cannot work."""
 
-    architecture = a1111.loaded_checkpoint().architecture
+    checkpoint = ready_checkpoint()
+    architecture = checkpoint.architecture
     votes_folder(request.name)  # the same rule for names
     if not request.pairs.strip():
         raise SpoError("The labelled pairs are missing; give the path of a folder or of parquet files.")
@@ -63,14 +64,16 @@ def start_clip_training(request: ClipRequest) -> Job:
     if not request.resume:
         check_output(settings)
     source = open_pairs(request.pairs.strip())
-    return start("preference training", request.name.strip(), lambda job: _train(job, request, settings, source))
+    return start(
+        "preference training", request.name.strip(), lambda job: _train(job, request, checkpoint, settings, source)
+    )
 
 
-def _train(job: Job, request: ClipRequest, settings: ClipTraining, source: Any) -> None:
+def _train(job: Job, request: ClipRequest, checkpoint: a1111.Checkpoint, settings: ClipTraining, source: Any) -> None:
 
     job.say("Loading the model to start from ...")
     values = {
-        "checkpoint": "loaded",
+        "checkpoint": str(checkpoint.file),
         "prompts": "pairs",
         "preference": "none",
         "output": str(settings.output),
@@ -78,7 +81,7 @@ def _train(job: Job, request: ClipRequest, settings: ClipTraining, source: Any) 
         "height": settings.height,
         "clip_skip": a1111.clip_skip(),
     }
-    with borrowed(build_config(values, a1111.loaded_checkpoint().architecture)) as host:
+    with borrowed(build_config(values, checkpoint.architecture)) as host:
         clip = starting_model(Path(folders.preference_path(request.start)), settings.seed)
         labeller = None
         if request.labels_from:

@@ -23,7 +23,7 @@ from spo.report.grids import grid
 from spo.report.tables import score_table
 from spo.webui import a1111, folders
 from spo.webui.a1111 import Checkpoint, PictureRequest, Pictures
-from spo.webui.jobs.job import Job, start
+from spo.webui.jobs.job import Job, ready_checkpoint, start
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -99,7 +99,7 @@ def start_comparison(request: CompareRequest) -> Job:
 
 
 def _prepare(request: CompareRequest) -> _Plan:
-    checkpoint = a1111.loaded_checkpoint()
+    checkpoint = ready_checkpoint()
     prompts = list(dict.fromkeys(text.strip() for text in request.prompts if text.strip()))
     if not prompts:
         raise SpoError("There are no prompts to compare on; write some, one a line.")
@@ -197,19 +197,15 @@ def _check_known_to_prompts(path: Path) -> None:
         raise SpoError("The WebUI's own Lora extension is switched off; switch it on and restart to compare LoRAs.")
     if re.search(r"[:<>]", path.stem):
         raise SpoError(f'"{path.name}" cannot be named in a prompt because of its : < or >; rename the file.')
-    same_stem = sorted(p for p in a1111.lora_folder().rglob("*") if p.stem == path.stem and _is_lora_file(p))
+    same_stem = [file for file in a1111.lora_files(".safetensors", ".pt", ".ckpt") if file.stem == path.stem]
     if len(same_stem) > 1:
-        named = " and ".join(str(p.relative_to(a1111.lora_folder())) for p in same_stem)
+        named = " and ".join(f"{folders.lora_name(file)}{file.suffix}" for file in sorted(same_stem))
         raise SpoError(f"Prompts cannot tell {named} apart, as the WebUI goes by the file's name alone; rename one.")
     if path.stem not in loras:
         a1111.refresh_loras()
         loras = a1111.known_loras() or {}
     if path.stem not in loras or not path.samefile(loras[path.stem].file):
         raise SpoError(f'The WebUI\'s Lora extension does not find "{path.name}"; refresh its tab, or rename the file.')
-
-
-def _is_lora_file(path: Path) -> bool:
-    return path.suffix.lower() in (".safetensors", ".pt", ".ckpt") and path.is_file()
 
 
 def _loras_named(prompt: str) -> set[str]:
@@ -221,6 +217,8 @@ def _loras_named(prompt: str) -> set[str]:
 
 def _compare(job: Job, plan: _Plan) -> None:
 
+    if a1111.other_left_loaded():
+        a1111.swap_back()
     checkpoint = a1111.loaded_checkpoint()
     if checkpoint.info is not plan.checkpoint.info:
         raise SpoError("The checkpoint was changed while this comparison waited in the queue; start it again.")
@@ -234,7 +232,7 @@ def _compare(job: Job, plan: _Plan) -> None:
         return job.say("Stopped before the first picture.")
     job.phase = "working"
     job.say(f"Making {plan.pictures} pictures.")
-    with a1111.users_state_kept():
+    with a1111.pinned(checkpoint):
         results = _make_pictures(job, plan, preference)
     if not results.pictures:
         job.phase = "stopped"
@@ -296,7 +294,11 @@ def _make_picture(plan: _Plan, prompt: str, seed: int) -> Pictures | None:
             notes=_notes(plan),
         )
     )
-    return None if made.interrupted or made.skipped or not made.images else made
+    if made.interrupted or made.skipped or not made.images:
+        return None
+    if not made.images[0].convert("RGB").getbbox():  # --disable-nan-check lets them through
+        raise SpoError(a1111.bad_vae_text(f'made an all black picture of "{prompt}"'))
+    return made
 
 
 def _notes(plan: _Plan) -> dict[str, str]:

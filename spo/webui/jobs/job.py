@@ -109,6 +109,11 @@ def current() -> Job | None:
     return _current
 
 
+def ready_checkpoint() -> a1111.Checkpoint:
+    """The checkpoint that work begun now would be on: the chosen one, but the loaded one while work goes on."""
+    return a1111.loaded_checkpoint() if _current is not None and _current.live else a1111.chosen_checkpoint()
+
+
 def start(kind: str, name: str, work: Callable[[Job], None], *, queued: bool = True) -> Job:
     """Begin `work` in the WebUI's queue and return at once. Raises SpoError while other work of ours goes on.
 
@@ -172,6 +177,13 @@ def _run(job: Job, work: Callable[[Job], None]) -> None:
     except Abandoned:
         job.phase = "stopped"
         job.say("Stopped. What was saved before is still there.")
+    except OSError as error:  # after what writes files has tried again and again
+        job.phase = "failed"
+        job.say(
+            f'"{Path(str(error.filename or "a file")).name}" could not be read or written: {error.strerror or error}. '
+            "What was saved before is still there: make room, or close the program that holds the file, and resume."
+        )
+        a1111.report(f"SPO: {job.kind} of {job.name} failed")
     except BaseException as error:  # the WebUI's InterruptedException is not an Exception
         job.phase = "failed"
         job.say(f"{type(error).__name__}: {error}. The details are in the WebUI's console.")

@@ -23,7 +23,7 @@ from spo.runs.layout import RunFiles
 from spo.training.loop import TrainingReport, check_output, train
 from spo.webui import a1111, cards, folders, runs
 from spo.webui.host import borrowed
-from spo.webui.jobs.job import Job, PoolPictures, start
+from spo.webui.jobs.job import Job, PoolPictures, ready_checkpoint, start
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,13 +66,12 @@ class Prepared:
 
     config: Config
     prompts: list[str]
-    architecture: str
 
 
 def prepare(request: TrainingRequest) -> Prepared:
     """Check everything that can be checked without loading anything. Raises SpoError; nothing is touched."""
-    checkpoint = a1111.loaded_checkpoint()
-    architecture = checkpoint.architecture
+    checkpoint = ready_checkpoint()
+    a1111.refuse_training(checkpoint)
     path = folders.lora_path(request.name)
     for name in request.settings:
         if name in HOST_OWNED:
@@ -106,10 +105,10 @@ def prepare(request: TrainingRequest) -> Prepared:
         "vae": "",
         "prediction_type": "auto",
     }
-    config = build_config(values, architecture)
+    config = build_config(values, checkpoint.architecture)
     if not request.resume:
         check_output(config)
-    return Prepared(config, prompts, architecture)
+    return Prepared(config, prompts)
 
 
 def plan_text(request: TrainingRequest) -> str:
@@ -134,9 +133,7 @@ def _train(job: Job, prepared: Prepared, resume: bool) -> None:
 
     config = prepared.config
     job.say(f"Loading the preference model {Path(config.preference.preference).name} ...")
-    with borrowed(config) as host:
-        if host.architecture != prepared.architecture:
-            raise SpoError("The checkpoint was changed while this run waited in the queue; press Start again.")
+    with borrowed(config, training=True) as host:
         job.asked_to_stop()
         with warnings.catch_warnings(record=True) as doubts:
             warnings.simplefilter("always", UserWarning)

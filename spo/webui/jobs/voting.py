@@ -229,7 +229,7 @@ def start(request: VotingRequest) -> Session:
 
 def _config(name: str, values: dict[str, Any]) -> Config:
     """Sampling settings on the loaded checkpoint; nothing is trained, so the rest is for form's sake."""
-    checkpoint = a1111.loaded_checkpoint()
+    checkpoint = job.ready_checkpoint()
     unused = {"prompts": name, "output": f"{name}.safetensors", "preference": "none"}
     fixed = {"checkpoint": str(checkpoint.file), "clip_skip": a1111.clip_skip()}
     return build_config({**unused, **fixed, **values}, checkpoint.architecture)
@@ -253,6 +253,9 @@ def add_pictures(folder: str, prompt: str, left: Image, right: Image, answer: st
             f"The pictures are {left.width} x {left.height} and {right.width} x {right.height} pixels; two of the same "
             "size, with sides that are multiples of 8, are needed."
         )
+    for side, picture in (("left", left), ("right", right)):
+        if not picture.convert("RGB").getbbox():
+            raise SpoError(f"The {side} picture is all black, as a VAE that overflows makes them; take another one.")
     if not prompt.strip():
         raise SpoError("The pictures' prompt is missing; write it.")
     config = _config("own pictures", {"width": left.width, "height": left.height})

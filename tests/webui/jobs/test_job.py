@@ -50,3 +50,14 @@ def test_one_job_at_a_time_and_how_jobs_end(webui):
         job.stop("save")
     with pytest.raises(SpoError, match="accepted are save and now"):
         job.stop("later")
+
+
+def test_a_file_that_cannot_be_written_is_named(webui):
+    def fills_the_disk(mine):
+        raise OSError(28, "No space left on device", "/runs/vivid.spo/metrics.csv")
+
+    started = job.start("training", "one", fills_the_disk)
+    job._thread.join(10)
+    assert started.phase == "failed"
+    assert started.message.startswith('"metrics.csv" could not be read or written: No space left on device.')
+    assert "resume" in started.message
