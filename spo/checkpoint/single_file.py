@@ -13,8 +13,14 @@ from spo.checkpoint.webui_yaml import PredictionType, YamlHints, prediction_word
 
 def inspect_single_file(path: Path, config_path: Path | str | None, override: PredictionType | None) -> CheckpointInfo:
     """See `inspect.inspect_checkpoint`. override: the prediction type to take, whatever the file says."""
-    file = open_tensor_file(path)
-    kind = kind_of(file)
+    return inspect_tensors(open_tensor_file(path), config_path, override)
+
+
+def inspect_tensors(
+    file: TensorFile, config_path: Path | str | None, override: PredictionType | None
+) -> CheckpointInfo:
+    """`inspect_single_file` of an index of tensors, of a file that need not be opened, or of a model in memory."""
+    path, kind = file.path, kind_of(file)
     if kind.architecture is None:
         refuse(path, f"is {kind.text}; a text-to-image checkpoint of SD 1.x or SDXL is needed")
     architecture = kind.architecture

@@ -220,6 +220,12 @@ def _casts_by_hand() -> bool:
         return hasattr(nn.Linear, "org_forward")
 
 
+def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of the loaded model by the names that they have in a checkpoint file; no copies."""
+    tensors = checkpoint.model.state_dict()
+    return {name.replace(".wrapped.", "."): tensor for name, tensor in tensors.items()}  # around the text encoders
+
+
 @dataclass(frozen=True)
 class Glance:
     """The loaded checkpoint for the page, without loading one: its architecture, "" for none; its file's name."""

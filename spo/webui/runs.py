@@ -27,7 +27,7 @@ class Run:
 
     @property
     def step(self) -> int:
-        return int(self.rows[-1]["step"]) if self.rows else 0
+        return int(self.rows[-1].get("step", 0)) if self.rows else 0
 
     def text(self) -> str:
         """A few lines for people."""

@@ -50,11 +50,11 @@ def webui():
     sys.argv = former[1]
 
 
-def load(name):
+def load(name, ending=".safetensors"):
     from modules import sd_models, shared
 
     sd_models.model_data.get_sd_model()  # the WebUI's start loads one in a thread of its own; wait for it
-    info = next(info for info in sd_models.checkpoints_list.values() if info.name == f"{name}.safetensors")
+    info = next(info for info in sd_models.checkpoints_list.values() if info.name == f"{name}{ending}")
     shared.opts.data["sd_model_checkpoint"] = info.title
     sd_models.reload_model_weights(info=info)
     return sd_models.model_data.get_sd_model()

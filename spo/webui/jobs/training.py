@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from spo.algorithm.rollout import PoolVerdict
-from spo.checkpoint.inspect import inspect_checkpoint
+from spo.checkpoint.single_file import inspect_tensors
+from spo.checkpoint.tensor_file import TensorEntry, TensorFile
+from spo.checkpoint.webui_yaml import prediction_word
 from spo.config import Config, build_config, read_config_file
 from spo.errors import SpoError
 from spo.headless.plan import make_plan
@@ -44,6 +48,7 @@ HOST_OWNED = {
     "prompts": "the prompts given",
 }
 POOL_PX = 192
+_SAFETENSORS_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
 
 
 @dataclass(frozen=True)
@@ -113,10 +118,16 @@ def prepare(request: TrainingRequest) -> Prepared:
 
 def plan_text(request: TrainingRequest) -> str:
     """What the run will do, in a few lines. Raises SpoError as `prepare`."""
-
-    prepared = prepare(request)
-    checkpoint = inspect_checkpoint(Path(prepared.config.model.checkpoint))
-    return make_plan(prepared.config, checkpoint, prepared.prompts).text()
+    prepared, checkpoint = prepare(request), a1111.loaded_checkpoint()
+    # from what is in memory, since the WebUI loads pickles that we would not open
+    tensors = {
+        name: TensorEntry(tuple(tensor.shape), _SAFETENSORS_DTYPES.get(tensor.dtype, "F32"))
+        for name, tensor in a1111.tensors_of(checkpoint).items()
+    }
+    size_bytes = checkpoint.file.stat().st_size
+    index = TensorFile(checkpoint.file, False, tensors, {}, size_bytes)
+    info = inspect_tensors(index, None, prediction_word(checkpoint.prediction_type, "prediction type"))
+    return make_plan(prepared.config, info, prepared.prompts).text()
 
 
 def start_training(request: TrainingRequest) -> Job:

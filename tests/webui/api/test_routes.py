@@ -180,17 +180,19 @@ def test_compare_is_asked_for(client, monkeypatch):
 
 
 def test_runs_are_listed_even_where_one_is_damaged(client, tmp_path):
-    for name, metrics in (("one", "step,loss\n4,0.5\n"), ("broken", "step\nx\n")):
+    damaged = {"cells": ("step\nx\n", '{"steps": 9}'), "settings": ("step\n4\n", "{")}
+    for name, (metrics, settings) in {"one": ("step,loss\n4,0.5\n", '{"steps": 9}'), **damaged}.items():
         folder = sys.modules["spo.webui.folders"].run_folder(name)
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text('{"steps": 9}', encoding="utf-8")
+        (folder / "config.json").write_text(settings, encoding="utf-8")
         (folder / "metrics.csv").write_text(metrics, encoding="utf-8")
     (tmp_path / "Lora" / "one.safetensors").write_bytes(b"")
     listed = {run["name"]: run for run in client.get("/spo/v1/runs").json()["runs"]}
     assert listed["one"] == {
         "name": "one", "step": 4, "steps": 9, "finished": True, "stages": [], "metrics": {"step": 4.0, "loss": 0.5}
     }  # fmt: skip
-    assert "problem" in listed["broken"]
+    assert listed["cells"]["step"] == 0
+    assert "problem" in listed["settings"]
 
 
 def test_settings_and_schema(client):
