@@ -138,6 +138,40 @@
         return confirm(all ? "Delete the run and its LoRA files?" : "Delete the run? Its LoRA files stay.") ? [name, all] : ["", all];
     };
 
+    // The preset and the preference model follow the checkpoint at the top of the page; loading it takes a while, so
+    // the server is asked until it has the one that is named there.
+    let asked = null;
+
+    function chosenCheckpoint() {
+        const box = gradioApp().querySelector("#setting_sd_model_checkpoint input");
+        return box ? box.value : "";
+    }
+
+    // "folder/name.safetensors [hash]" and "name [hash]" are both "name"
+    function stem(title) {
+        return title.split(/[\\/]/).pop().replace(/\s*\[[^\]]*\]\s*$/, "").replace(/\.(safetensors|ckpt)$/, "");
+    }
+
+    function askUntilLoaded(checkpoint, times) {
+        const filled = gradioApp().querySelector("#spo_filled textarea, #spo_filled input");
+        const file = filled ? filled.value.split("|")[2] : "";
+        if (checkpoint !== chosenCheckpoint() || times <= 0 || stem(file) === stem(checkpoint)) return;
+        const hello = find("spo_hello");
+        if (hello) hello.click();
+        setTimeout(function() {
+            askUntilLoaded(checkpoint, times - 1);
+        }, 3000);
+    }
+
+    function followCheckpoint() {
+        const checkpoint = chosenCheckpoint();
+        if (checkpoint === asked) return;
+        asked = checkpoint;
+        setTimeout(function() {
+            askUntilLoaded(checkpoint, 100);
+        }, 1000);
+    }
+
     onUiLoaded(function() {
         setTimeout(function() {
             const hello = find("spo_hello");
@@ -150,6 +184,7 @@
         });
     });
     onAfterUiUpdate(function() {
+        followCheckpoint();
         follow();
         mirror();
     });

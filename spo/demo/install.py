@@ -19,6 +19,7 @@ TOKENIZER = HERE.parent / "clip_tokenizer"
 TOKENIZER_FILES = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
 PLACEHOLDER = "CLIP_DIR_HERE"
 NAME = "spo-demo"
+FILE_NAME = f"{NAME}.safetensors"
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import re
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+from spo.demo.install import FILE_NAME as DEMO_CHECKPOINT
 from spo.errors import SpoError
-from spo.preference.load import BUNDLED, describe_preference, list_preference_models
+from spo.preference.load import BUNDLED, MIX, describe_preference, list_preference_models
 from spo.runs.layout import FOLDER_SUFFIX, RunFiles, split_stage
 from spo.webui import a1111
 
@@ -104,7 +105,23 @@ def preference_choices() -> list[str]:
 
     folder = preference_folder()
     models = list_preference_models(folder).models if folder.exists() else ()
-    return ["demo", *(info.path.name for info in models)]
+    return [BUNDLED, *(info.path.name for info in models)]
+
+
+def usual_preference(architecture: str, file_name: str) -> str:
+    """The preference model to begin with on a checkpoint in this file; "" when none here fits.
+
+    The demo's on the demo checkpoint only. Else of those made for the architecture a step-aware CLIP, then a taste
+    head, the newest first; then those that do not know the timestep. Never one made for the other architecture.
+    """
+    if file_name == DEMO_CHECKPOINT:
+        return BUNDLED
+    folder = preference_folder()
+    models = list_preference_models(folder).models if folder.exists() else ()
+    order = ("step-aware CLIP", "taste head", MIX, "CLIP score", "aesthetic score")
+    fitting = [info for info in models if info.kind in order and info.architecture in ("any", architecture)]
+    fitting.sort(key=lambda info: (order.index(info.kind), info.architecture == "any", -info.path.stat().st_mtime))
+    return fitting[0].path.name if fitting else ""
 
 
 def preference_text(name: str, architecture: str) -> str:
@@ -123,4 +140,4 @@ def preference_text(name: str, architecture: str) -> str:
 def preference_path(name: str) -> str:
     """What `preference.load` takes for a name of `preference_choices`; paths and "demo" pass through."""
     inside = preference_folder() / name
-    return str(inside) if name and name != "demo" and inside.exists() else name
+    return str(inside) if name and name != BUNDLED and inside.exists() else name

@@ -34,7 +34,7 @@ def webui(monkeypatch, tmp_path):
     state = SimpleNamespace(interrupted=False, stopping_generation=False, begin=lambda job: None, end=lambda: None)
     network = SimpleNamespace(input_blocks=[_Network()], parameters=lambda: iter([torch.zeros(1)]))
     model = SimpleNamespace(
-        sd_checkpoint_info=SimpleNamespace(filename=str(tmp_path / "model.safetensors"), title="model"),
+        sd_checkpoint_info=SimpleNamespace(filename=str(tmp_path / "spo-demo.safetensors"), title="model"),
         model=SimpleNamespace(diffusion_model=network),
     )
     nothing = lambda *_, **__: None  # noqa: E731

@@ -166,17 +166,14 @@ def start(body: bodies.Start) -> dict[str, Any]:
     folders.lora_path(body.name)
     if body.resume and (body.prompts or body.styles):
         raise SpoError("A resumed run goes on with its own prompts; leave prompts and styles out.")
-    if body.preset:
-        given = {**presets.preset(body.preset).values, **given}
-    config.build_config(given)
+    config.build_config({**(presets.preset(body.preset).values if body.preset else {}), **given})
     _check_styles(body.styles)
     if "preference" in given:
         _check_preference(given["preference"])
     if given.get("start_from"):
         given["start_from"] = _lora_file(given["start_from"])
     _check_free()
-    _check_architecture(body.preset)
-    request = TrainingRequest(body.name, body.prompts, given, body.styles, body.resume)
+    request = TrainingRequest(body.name, body.prompts, given, body.styles, body.resume, body.preset)
     return status(start_training(request))
 
 
@@ -220,12 +217,6 @@ def _check_styles(names: list[str]) -> None:
     for name in names:
         if name not in (known := a1111.style_names()):
             raise SpoError(f'style "{name}" is not known{nearest(name, known)}.')
-
-
-def _check_architecture(preset: str) -> None:
-    wanted = presets.preset(preset).architecture if preset else ""
-    if wanted and wanted != a1111.loaded_checkpoint().architecture:
-        raise SpoError(f'preset "{preset}" is for another kind of checkpoint ({wanted}) than the one loaded.')
 
 
 def _lora_file(name: str) -> str:

@@ -16,10 +16,12 @@ from spo.checkpoint.single_file import inspect_tensors
 from spo.checkpoint.tensor_file import TensorEntry, TensorFile
 from spo.checkpoint.webui_yaml import prediction_word
 from spo.config import Config, build_config, read_config_file
+from spo.demo.install import FILE_NAME as DEMO_CHECKPOINT
 from spo.errors import SpoError
 from spo.headless.plan import make_plan
 from spo.images import to_picture
-from spo.preference.load import load_preference
+from spo.preference.load import BUNDLED, load_preference
+from spo.presets import preset
 from spo.progress import Progress, Watcher
 from spo.prompts import read_prompts
 from spo.report.curves import curves
@@ -56,6 +58,7 @@ class TrainingRequest:
     """name: the LoRA's; settings: flat, without those of HOST_OWNED; styles: names, applied to every prompt.
 
     resume  go on with the run of that name: its own settings and prompts, but for what `settings` gives
+    preset  a named group of settings; both win over it, as on the command line
     """
 
     name: str
@@ -63,6 +66,7 @@ class TrainingRequest:
     settings: Mapping[str, Any] = field(default_factory=dict)
     styles: Sequence[str] = ()
     resume: bool = False
+    preset: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,21 @@ def prepare(request: TrainingRequest) -> Prepared:
     for name in request.settings:
         if name in HOST_OWNED:
             raise SpoError(f"{name} is not a setting here: it comes from {HOST_OWNED[name]}; leave it out.")
-    values, prompts = dict(request.settings), [text.strip() for text in request.prompts if text.strip()]
+    base: dict[str, Any] = {}
+    if request.preset:
+        chosen = preset(request.preset)
+        if chosen.architecture not in ("", checkpoint.architecture):
+            raise SpoError(
+                f'preset "{chosen.label}" is for {chosen.architecture}, the loaded checkpoint is '
+                f"{checkpoint.architecture}; choose another preset."
+            )
+        base = dict(chosen.values)
+    values, prompts = {**base, **request.settings}, [text.strip() for text in request.prompts if text.strip()]
     if request.resume:
         files = folders.run_files(request.name)
         if not files.config.exists():
             raise SpoError(f'there is no run "{request.name}" to resume.')
-        values = {**read_config_file(files.config), **values}
+        values = {**base, **read_config_file(files.config), **request.settings}
         prompts = read_prompts(files.prompts)
     else:
         styles = list(request.styles)
@@ -98,7 +111,15 @@ def prepare(request: TrainingRequest) -> Prepared:
         raise SpoError("There are no prompts; write some, one a line, choose a file, or take the bundled list.")
     values["preference"] = folders.preference_path(str(values.get("preference", "") or ""))
     if not values["preference"]:
-        raise SpoError(f"No preference model is chosen; put one into {folders.preference_folder()} and choose it.")
+        raise SpoError(
+            "No preference model is chosen. Fetch the published one for the loaded checkpoint (5.2 GB, a button under "
+            "Published preference models), or vote in the Vote tab and fit one to your votes; then choose it."
+        )
+    if values["preference"] == BUNDLED and checkpoint.file.name != DEMO_CHECKPOINT:
+        raise SpoError(
+            f'The preference model "{BUNDLED}" knows the demo checkpoint\'s pictures only; the loaded checkpoint is '
+            f"{checkpoint.name}, so choose another model."
+        )
     values |= {
         "checkpoint": str(checkpoint.file),
         "prompts": str(folders.run_files(request.name).prompts),

@@ -37,8 +37,10 @@ def build() -> CompareFields:
                     folders.lora_names(), label="LoRAs and stages", multiselect=True, elem_id="spo_compare_loras"
                 )
                 a1111.refresh_button(loras, folders.lora_names, "spo_compare_refresh")
-            prompts = gr.Textbox(label="Prompts, one a line", lines=4, max_lines=12, elem_id="spo_compare_prompts")
-            negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="spo_compare_negative")
+            prompts = gr.Textbox(
+                label="Prompts to compare on, one a line", lines=4, max_lines=12, elem_id="spo_compare_prompts"
+            )
+            negative = gr.Textbox(label="Negative prompt to compare with", lines=1, elem_id="spo_compare_negative")
             with gr.Row():
                 weights = gr.Textbox("0.5, 1", label="Weights", elem_id="spo_compare_weights")
                 seeds = gr.Textbox("1, 2", label="Seeds", elem_id="spo_compare_seeds")
@@ -46,7 +48,7 @@ def build() -> CompareFields:
                 preference = gr.Dropdown(
                     [_NO_SCORES, *folders.preference_choices()],
                     value=_NO_SCORES,
-                    label="Preference model",
+                    label="Preference model for scores",
                     info="Its scores stand under the pictures.",
                     elem_id="spo_compare_preference",
                 )
@@ -57,10 +59,14 @@ def build() -> CompareFields:
                     elem_id="spo_compare_sampler",
                 )
             with gr.Row():
-                steps = gr.Number(20, precision=0, label="Sampling steps", elem_id="spo_compare_steps")
-                guidance = gr.Number(5.0, label="CFG scale", elem_id="spo_compare_cfg")
-                width = gr.Number(0, precision=0, label="Width", info="0: the model's.", elem_id="spo_compare_width")
-                height = gr.Number(0, precision=0, label="Height", info="0: likewise.", elem_id="spo_compare_height")
+                steps = gr.Number(20, precision=0, label="Sampling steps of a picture", elem_id="spo_compare_steps")
+                guidance = gr.Number(5.0, label="CFG scale of a picture", elem_id="spo_compare_cfg")
+                width = gr.Number(
+                    0, precision=0, label="Width of a picture", info="0: the model's.", elem_id="spo_compare_width"
+                )
+                height = gr.Number(
+                    0, precision=0, label="Height of a picture", info="0: likewise.", elem_id="spo_compare_height"
+                )
         with gr.Column(scale=6, min_width=420):
             with gr.Row():
                 start = gr.Button("Compare", variant="primary", elem_id="spo_compare_start")

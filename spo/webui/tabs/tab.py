@@ -22,4 +22,7 @@ def tabs() -> list[tuple[Any, str, str]]:
             runs.build()
         outputs = [comparison.loras, comparison.prompts, comparison.width, comparison.height]
         training.compare.click(train.to_compare, [training.prompts], outputs, _js="spo_to_compare")
+    for component in block.blocks.values():
+        # the WebUI keeps values by label in ui-config.json, where computed ones would freeze; ours are saved settings
+        component.do_not_save_to_config = True
     return [(block, "SPO", "spo")]

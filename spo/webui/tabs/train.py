@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
 
+from spo.demo.install import FILE_NAME as DEMO_CHECKPOINT
 from spo.demo.install import install_demo
 from spo.errors import SpoError
 from spo.presets import NAMED
@@ -32,24 +33,24 @@ class TrainFields:
 
 def build() -> TrainFields:
     """The tab's contents; call inside its TabItem."""
-    presets = [(preset.label, name) for name, preset in NAMED.items()]
-    labels = [text for text, _ in presets]
-    by_label = dict(presets)
+    filling = form.Filling(_usual_preset("", a1111.glance()), a1111.glance().architecture or "sd15")
+    shown = dict(zip(form.names(), form.preset_values(filling.preset, filling.architecture), strict=True))
     with gr.Row():
         with gr.Column(scale=5, min_width=380):
             with gr.Row():
-                chosen = gr.Dropdown(labels, value=labels[0], label="Preset", elem_id="spo_preset")
-                about = gr.HTML(_about(by_label[labels[0]]), elem_id="spo_preset_text")
+                labels = [preset.label for preset in NAMED.values()]
+                chosen = gr.Dropdown(labels, value=NAMED[filling.preset].label, label="Preset", elem_id="spo_preset")
+                about = gr.HTML(_about(filling.preset), elem_id="spo_preset_text")
             with gr.Row():
                 preference = gr.Dropdown(
                     folders.preference_choices(),
-                    value="demo",
+                    value=folders.usual_preference(filling.architecture, filling.file_name),
                     label="Preference model",
                     info="Files in models/SPO.",
                     elem_id="spo_preference",
                 )
                 a1111.refresh_button(preference, folders.preference_choices, "spo_preference_refresh")
-            about_preference = gr.HTML(_about_preference("demo"), elem_id="spo_preference_text")
+            about_preference = gr.HTML("", elem_id="spo_preference_text")
             prompts = gr.Textbox(label="Prompts, one a line", lines=6, max_lines=14, elem_id="spo_prompts")
             with gr.Row():
                 file = gr.UploadButton("From a file (.txt, .json, .jsonl, .csv)", size="sm", elem_id="spo_prompt_file")
@@ -58,10 +59,12 @@ def build() -> TrainFields:
                 negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="spo_negative_prompt")
                 styles = gr.Dropdown(a1111.style_names(), label="Styles", multiselect=True, elem_id="spo_styles")
             with gr.Row():
-                name = gr.Textbox(folders.free_name("my-taste"), label="LoRA name", elem_id="spo_name")
-                steps = gr.Number(0, precision=0, label="Updates", info="0: by epochs.", elem_id="spo_steps")
+                name = gr.Textbox(folders.free_name("my-style"), label="LoRA name", elem_id="spo_name")
+                steps = gr.Number(
+                    shown["steps"], precision=0, label="Updates", info="0: by epochs.", elem_id="spo_steps"
+                )
             with gr.Accordion("Advanced", open=False, elem_id="spo_advanced"):
-                fields = form.advanced_fields()
+                fields = form.advanced_fields(shown)
             with gr.Accordion("Saved settings", open=False), gr.Row():
                 saved = gr.Dropdown(saved_settings.names(), label="Load settings", elem_id="spo_settings_load")
                 a1111.refresh_button(saved, saved_settings.names, "spo_settings_refresh")
@@ -93,14 +96,13 @@ def build() -> TrainFields:
                 compare = gr.Button("Compare", elem_id="spo_compare")
     refresh = gr.Button("Refresh", elem_id="spo_refresh")
     hello = gr.Button("Hello", elem_id="spo_hello")
+    filled = gr.Textbox(filling.text(), label="Filled for", elem_id="spo_filled")
 
     front = {"preference": preference, "negative_prompt": negative, "steps": steps}
     values = [{**front, **fields}[setting] for setting in form.names()]
-    asked = [name, prompts, styles, *values]
+    asked = [filled, name, prompts, styles, *values]
 
-    chosen.change(
-        lambda text: [_about(by_label[text]), *form.preset_values(by_label[text])], [chosen], [about, *values]
-    )
+    chosen.input(_choose_preset, [chosen, filled, *values], [about, filled, *values])
     preference.change(_about_preference, [preference], [about_preference])
     file.upload(_prompts_of_file, [file], [prompts, plan])
     bundled.click(lambda: folders.BUNDLED_PROMPTS.read_text(encoding="utf-8"), [], [prompts])
@@ -110,7 +112,16 @@ def build() -> TrainFields:
     stop_now.click(_with_errors(lambda: _stop("now")), [], [status], queue=False)
     sample.click(_sample, [], [status], queue=False)
     refresh.click(_look, [], [status], queue=False, show_progress="hidden")
-    hello.click(_hello, [], [status, chosen, preference, styles], show_progress="hidden")
+    refills = [
+        status,
+        styles,
+        chosen,
+        about,
+        filled,
+        preference,
+        *[field for field in values if field is not preference],
+    ]
+    hello.click(_hello, [filled, *values], refills, show_progress="hidden")
     send.click(None, [], [], _js="spo_send_to_txt2img")
     save.click(_save_settings, [saved_name, *values], [plan, saved])
     saved.change(_load_settings, [saved], [plan, *values])
@@ -121,8 +132,15 @@ def build() -> TrainFields:
 
 
 def _request(given: tuple[Any, ...]) -> TrainingRequest:
-    name, prompts, styles, *values = given
-    return TrainingRequest(str(name or ""), (prompts or "").splitlines(), form.read(values), tuple(styles or ()))
+    filled, name, prompts, styles, *values = given
+    filling = form.Filling.of(filled)
+    return TrainingRequest(
+        str(name or "").strip(),
+        (prompts or "").splitlines(),
+        form.edits(values, filling.preset, filling.architecture),
+        tuple(styles or ()),
+        preset=filling.preset,
+    )
 
 
 def _with_errors(work: Callable[..., str]) -> Callable[..., str]:
@@ -140,7 +158,10 @@ def _with_errors(work: Callable[..., str]) -> Callable[..., str]:
 def _start(*given: Any) -> tuple[str, str]:
     try:
         request = _request(given)
-        plan = plan_text(request)
+        free = folders.free_name(request.name)
+        taken = f'"{request.name}" is taken, so this run is called "{free}".\n' if free != request.name else ""
+        request = replace(request, name=free)
+        plan = taken + plan_text(request)
         started = start_training(request)
     except SpoError as error:
         return page.error(str(error)), page.status(job.current())
@@ -191,21 +212,43 @@ def to_compare(prompts: str) -> tuple[Any, ...]:
     return gr.update(choices=folders.lora_names(), value=[lora]), first_prompts or nothing, *size
 
 
-def _hello() -> tuple[Any, ...]:
-    """What a page that was just opened shows: the work that goes on, and the preset of the loaded checkpoint."""
-    loaded = a1111.glance()
-    name = "paper-sdxl" if loaded.architecture == "sdxl" else "paper-sd15"
-    if loaded.file_name == "spo-demo.safetensors":
-        name = "demo"
+def _usual_preset(now: str, loaded: a1111.Glance) -> str:
+    """The preset for the loaded checkpoint: `now`, if it suits that."""
+    if loaded.file_name == DEMO_CHECKPOINT:
+        return "demo"
+    suits = now in NAMED and now != "demo" and NAMED[now].architecture in ("", loaded.architecture or "sd15")
+    return now if suits else "paper-sdxl" if loaded.architecture == "sdxl" else "paper-sd15"
+
+
+def _choose_preset(label: str, filled: str, *values: Any) -> list[Any]:
+    """The fields as the chosen preset has them; what is no matter of presets stays as it is."""
+    before, loaded = form.Filling.of(filled), a1111.glance()
+    name = next(preset.name for preset in NAMED.values() if preset.label == label)
+    after = form.Filling(name, loaded.architecture or before.architecture, loaded.file_name)
+    stay = ("preference", "negative_prompt", "sample_prompts")
+    return [_about(name), after.text(), *form.refilled(values, before, after, stay)]
+
+
+def _hello(filled: str, *values: Any) -> list[Any]:
+    """What a page shows that was just opened, or whose checkpoint changed: the work that goes on, and what suits it."""
+    before, loaded = form.Filling.of(filled), a1111.glance()
+    look = [_look(), gr.update(choices=a1111.style_names())]
     choices = folders.preference_choices()
-    return (
-        _look(),
-        NAMED[name].label,
-        gr.update(
-            choices=choices, value="demo" if name == "demo" else next((c for c in choices if c != "demo"), "demo")
-        ),
-        gr.update(choices=a1111.style_names()),
-    )
+    rest = [gr.update()] * (len(form.names()) - 1)
+    if not loaded.file_name or (loaded.architecture, loaded.file_name) == (before.architecture, before.file_name):
+        return [*look, gr.update(), gr.update(), gr.update(), gr.update(choices=choices), *rest]
+    after = form.Filling(_usual_preset(before.preset, loaded), loaded.architecture, loaded.file_name)
+    preference = folders.usual_preference(after.architecture, after.file_name)
+    fields = dict(zip(form.names(), form.refilled(values, before, after), strict=True))
+    del fields["preference"]
+    return [
+        *look,
+        NAMED[after.preset].label,
+        _about(after.preset),
+        after.text(),
+        gr.update(choices=choices, value=preference or None),
+        *fields.values(),
+    ]
 
 
 def _about(name: str) -> str:

@@ -28,17 +28,23 @@ def build() -> None:
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             folder = gr.Textbox("my-votes", label="Votes are kept as", elem_id="spo_vote_folder")
-            prompts = gr.Textbox(label="Prompts, one a line", lines=5, max_lines=12, elem_id="spo_vote_prompts")
+            prompts = gr.Textbox(
+                label="Prompts to vote on, one a line", lines=5, max_lines=12, elem_id="spo_vote_prompts"
+            )
             bundled = gr.Button("The bundled list", size="sm", elem_id="spo_vote_bundled")
-            negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="spo_vote_negative")
+            negative = gr.Textbox(label="Negative prompt of the pairs", lines=1, elem_id="spo_vote_negative")
             how = gr.Radio([_SAME, _OTHER], value=_SAME, label="The two pictures", elem_id="spo_vote_how")
             with gr.Row():
                 step = gr.Number(4, precision=0, label="They part ways at step", elem_id="spo_vote_step")
-                steps = gr.Number(20, precision=0, label="Sampling steps", elem_id="spo_vote_steps")
-                guidance = gr.Number(5.0, label="CFG scale", elem_id="spo_vote_cfg")
+                steps = gr.Number(20, precision=0, label="Sampling steps of a pair", elem_id="spo_vote_steps")
+                guidance = gr.Number(5.0, label="CFG scale of a pair", elem_id="spo_vote_cfg")
             with gr.Row():
-                width = gr.Number(0, precision=0, label="Width", info="0: the model's.", elem_id="spo_vote_width")
-                height = gr.Number(0, precision=0, label="Height", info="0: likewise.", elem_id="spo_vote_height")
+                width = gr.Number(
+                    0, precision=0, label="Width of a pair", info="0: the model's.", elem_id="spo_vote_width"
+                )
+                height = gr.Number(
+                    0, precision=0, label="Height of a pair", info="0: likewise.", elem_id="spo_vote_height"
+                )
             with gr.Row():
                 start = gr.Button("Start voting", variant="primary", elem_id="spo_vote_start")
                 stop = gr.Button("End voting", elem_id="spo_vote_end")
@@ -95,7 +101,7 @@ def build() -> None:
                 with gr.Row():
                     begin = gr.Dropdown(
                         folders.preference_choices(),
-                        label="Start from",
+                        label="Start the CLIP from",
                         allow_custom_value=True,
                         elem_id="spo_clip_from",
                     )
@@ -103,14 +109,18 @@ def build() -> None:
                         ["", *folders.preference_choices()], value="", label="Labels from another model",
                         elem_id="spo_clip_labels",
                     )  # fmt: skip
-                    clip_name = gr.Textbox("my-clip", label="Name", elem_id="spo_clip_name")
+                    clip_name = gr.Textbox("my-clip", label="Name of the CLIP", elem_id="spo_clip_name")
                 with gr.Row():
                     updates = gr.Number(
-                        0, precision=0, label="Updates", info="0: the paper's.", elem_id="spo_clip_steps"
+                        0, precision=0, label="Updates of the CLIP", info="0: the paper's.", elem_id="spo_clip_steps"
                     )
-                    rate = gr.Number(0, label="Learning rate", info="0: the paper's.", elem_id="spo_clip_rate")
-                    at_once = gr.Number(4, precision=0, label="Pairs per call", elem_id="spo_clip_pairs_per_call")
-                    sums = gr.Number(16, precision=0, label="Gradient accumulation", elem_id="spo_clip_accumulation")
+                    rate = gr.Number(
+                        0, label="Learning rate of the CLIP", info="0: the paper's.", elem_id="spo_clip_rate"
+                    )
+                    at_once = gr.Number(4, precision=0, label="Pairs per CLIP call", elem_id="spo_clip_pairs_per_call")
+                    sums = gr.Number(
+                        16, precision=0, label="Gradient accumulation of the CLIP", elem_id="spo_clip_accumulation"
+                    )
                     side = gr.Number(
                         0, precision=0, label="Picture size", info="0: the model's.", elem_id="spo_clip_size"
                     )

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("gradio")
-pytest.importorskip("fastapi")
+fastapi = pytest.importorskip("fastapi")
+testclient = pytest.importorskip("fastapi.testclient", exc_type=ImportError)
 
-from spo import config
-from spo.cli import main
-from spo.webui.api import bodies
-from spo.webui.tabs import form
+from spo import config  # noqa: E402
+from spo.cli import main  # noqa: E402
+from spo.cli.settings_flags import given_values  # noqa: E402
+from spo.presets import NAMED  # noqa: E402
+from spo.webui import a1111  # noqa: E402
+from spo.webui.api import bodies, routes  # noqa: E402
+from spo.webui.jobs import job, training  # noqa: E402
+from spo.webui.tabs import form  # noqa: E402
+from spo.webui.tabs import train as train_tab  # noqa: E402
+from tests.webui import stand_in  # noqa: E402
+
+no_webui = stand_in.webui
 
 
 @pytest.fixture
@@ -32,9 +42,101 @@ def test_a_setting_is_added_in_one_file(flavour):
     import gradio
 
     assert config.build_config({"flavour": "hot"}).flat()["flavour"] == "hot"
+    values = dict(zip(form.names(), form.preset_values("quick", "sdxl"), strict=True))
     with gradio.Blocks():
-        field = form.advanced_fields()["flavour"]
+        field = form.advanced_fields(values)["flavour"]
     assert (field.choices, field.value, field.label) == (["mild", "hot"], "mild", "Flavour")
     assert form.read(form.field_values({"flavour": "hot"}))["flavour"] == "hot"
     assert bodies.settings_schema()["flavour"]["enum"] == ["mild", "hot"]
     assert main.parser().parse_args(["train", "--flavour", "hot"]).flavour == "hot"
+
+
+# ---------------------------------------------------------------------------------------- tab, API and command line
+
+
+@pytest.fixture
+def asked_for(no_webui, monkeypatch):
+    """`asked_for(interface, preset, architecture, **edits)` -> the configuration that training would begin with."""
+    prepared = []
+    monkeypatch.setattr(training, "_train", lambda job, ready, resume: prepared.append(ready.config))
+    monkeypatch.setattr(train_tab, "plan_text", lambda request: "")
+    app = fastapi.FastAPI()
+    routes.add_routes(app)
+    client = testclient.TestClient(app)
+    numbers = iter(range(1000))
+
+    def ask(interface, preset_name, architecture, **changes):
+        no_webui.sd_models.model_data.sd_model.is_sdxl = architecture == "sdxl"
+        no_webui.sd_models.model_data.sd_model.conditioner = SimpleNamespace(embedders=[FrozenCLIPEmbedder()])
+        name, changes = f"run{next(numbers)}", {"preference": "demo", **changes}
+        if interface == "tab":
+            # filled while an SD1.5 checkpoint was loaded, whatever is loaded at Start
+            filling = form.Filling(preset_name, NAMED[preset_name].architecture or "sd15")
+            shown = dict(zip(form.names(), form.preset_values(filling.preset, filling.architecture), strict=True))
+            fields = [changes.get(setting, value) for setting, value in shown.items()]
+            answer = train_tab._start(filling.text(), name, "a fox", [], *fields)[0]
+            assert "spo-failed" not in answer, answer
+        elif interface == "API":
+            body = {"name": name, "prompts": ["a fox"], "preset": preset_name, "settings": changes}
+            assert client.post("/spo/v1/start", json=body).status_code == 200
+        else:
+            flags = [f"--{setting.replace('_', '-')}={value}" for setting, value in changes.items()]
+            given = given_values(main.parser().parse_args(["train", "--preset", preset_name, *flags]))
+            return config.build_config(given, architecture).flat()
+        job._thread.join(10)
+        return prepared.pop().flat()
+
+    return ask
+
+
+class FrozenCLIPEmbedder:
+    pass
+
+
+CHOICES = [
+    (name, architecture)
+    for name, preset in NAMED.items()
+    for architecture in ("sd15", "sdxl")
+    if preset.architecture in ("", architecture)
+]
+
+
+@pytest.mark.parametrize("changes", [{}, {"rank": 12, "learning_rate": 2e-5}])
+@pytest.mark.parametrize(("name", "architecture"), CHOICES)
+def test_tab_api_and_command_line_mean_the_same(asked_for, name, architecture, changes):
+    configs = [asked_for(interface, name, architecture, **changes) for interface in ("tab", "API", "command line")]
+    own = {*training.HOST_OWNED, "negative_prompt"}
+    tab, api, command_line = ({key: value for key, value in one.items() if key not in own} for one in configs)
+    assert tab == api == command_line
+    assert {key: tab[key] for key in changes} == changes
+
+
+def test_the_users_own_changes_stay_when_the_checkpoint_changes(no_webui):
+    before, after = form.Filling("12gb", "sd15"), form.Filling("12gb", "sdxl", "xl.safetensors")
+    fields = dict(zip(form.names(), form.preset_values("12gb", "sd15"), strict=True))
+    assert fields["candidates"] == 4
+    fields |= {"beta": 7.0, "negative_prompt": "bad", "steps": None}
+    refilled = dict(zip(form.names(), form.refilled(list(fields.values()), before, after), strict=True))
+    assert (refilled["candidates"], refilled["inner_steps"]) == (2, 3)
+    fields["steps"] = 5
+    refilled = dict(zip(form.names(), form.refilled(list(fields.values()), before, after), strict=True))
+    assert (refilled["candidates"], refilled["beta"], refilled["steps"]) == (2, 7.0, 5)
+    assert form.Filling.of(after.text()) == after
+    chosen = form.refilled(list(fields.values()), before, form.Filling("quick", "sdxl"), ("negative_prompt",))
+    chosen = dict(zip(form.names(), chosen, strict=True))
+    assert (chosen["beta"], chosen["negative_prompt"], chosen["steps"]) == (10.0, "bad", 60)
+
+
+@pytest.mark.parametrize(
+    ("now", "architecture", "file_name", "usual"),
+    [
+        ("", "", "", "paper-sd15"),
+        ("", "sdxl", "x.safetensors", "paper-sdxl"),
+        ("paper-sd15", "sdxl", "x.safetensors", "paper-sdxl"),
+        ("12gb", "sdxl", "x.safetensors", "12gb"),
+        ("12gb", "sd15", "spo-demo.safetensors", "demo"),
+        ("demo", "sd15", "x.safetensors", "paper-sd15"),
+    ],
+)
+def test_the_preset_follows_the_checkpoint(now, architecture, file_name, usual):
+    assert train_tab._usual_preset(now, a1111.Glance(architecture, file_name)) == usual
