@@ -20,7 +20,8 @@ class Candidates:
     timestep  that noise level on the model's training schedule, 0 ... 999 (paper: t)
     denoised  [K, B, C, H, W] the guided prediction of the clean latent at (x, sigma); None where it was not evaluated,
               `needs_denoised` being off. Of the last pool, the finished latents (see `rollout`)
-    decode    [N, C, H, W] latents -> [N, 3, 8 H, 8 W] pictures in [-1, 1], float32
+    decode    [N, C, H, W] latents -> [N, 3, 8 H, 8 W] pictures about [-1, 1], float32; not clamped, since the published
+              scorer clamps after its resize
     """
 
     x: Tensor
@@ -41,7 +42,7 @@ class Candidates:
         return self.decode(denoised.flatten(0, 1)).unflatten(0, denoised.shape[:2])
 
     def pixels(self) -> Tensor:
-        """[K, B, 3, height, width] decoded `denoised` in [-1, 1], float32; decoded at the first call only."""
+        """[K, B, 3, height, width] decoded `denoised`, about [-1, 1], float32; decoded at the first call only."""
         return self._decoded
 
 

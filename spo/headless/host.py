@@ -115,7 +115,7 @@ class HeadlessHost:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[N, 4, h, w] latents -> [N, 3, 8 h, 8 w] pictures in [-1, 1], float32."""
+        """[N, 4, h, w] latents -> [N, 3, 8 h, 8 w] pictures about [-1, 1], not clamped, float32."""
         return self.model.decode(latents, decode_batch=self.decode_batch)
 
     def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -128,7 +128,8 @@ class HeadlessHost:
         pictures = []
         for first in range(0, len(prompts), batch):
             part = slice(first, first + batch)
-            pictures.append(self.decode(self.rollout(prompts[part], seeds[part], plain, None, None).x).cpu())
+            latents = self.rollout(prompts[part], seeds[part], plain, None, None).x
+            pictures.append(self.decode(latents).clamp(-1, 1).cpu())
         return torch.cat(pictures)
 
     def set_gradient_checkpointing(self, on: bool) -> None:

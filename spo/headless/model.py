@@ -153,7 +153,7 @@ class DiffusersModel:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, *, decode_batch: int = 4, tiled: bool = False) -> Tensor:
-        """[N, 4, h, w] latents of any float dtype -> [N, 3, 8 h, 8 w] pictures in [-1, 1], float32.
+        """[N, 4, h, w] latents of any float dtype -> [N, 3, 8 h, 8 w] pictures about [-1, 1], not clamped, float32.
 
         decode_batch  this many at once, so that memory is bounded
         tiled         decode what is larger than the VAE's tile (512 px) in overlapping tiles: less memory, faint seams
@@ -169,7 +169,7 @@ class DiffusersModel:
         decoded = torch.cat(pictures)
         if self.vae.dtype == torch.float16 and bool(torch.isnan(decoded).any()):
             raise SpoError("the VAE gave NaN in float16: decode in float32, or give the fp16-fix VAE")
-        return decoded.clamp(-1.0, 1.0)
+        return decoded
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, *, noise: Tensor | None = None, encode_batch: int = 4) -> Tensor:

@@ -59,7 +59,7 @@ class Host(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[N, C, h, w] latents -> [N, 3, 8 h, 8 w] pictures in [-1, 1], float32."""
+        """[N, C, h, w] latents -> [N, 3, 8 h, 8 w] pictures about [-1, 1], float32; `to_picture` clamps, scorers do."""
         ...
 
     def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:

@@ -183,9 +183,9 @@ class WebUIHost:
         )
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[N, 4, h, w] latents -> [N, 3, 8 h, 8 w] pictures in [-1, 1], float32, by the user's VAE and method."""
+        """[N, 4, h, w] latents -> [N, 3, 8 h, 8 w] pictures about [-1, 1], float32, by the user's VAE and method."""
         parts = [a1111.decode(self.checkpoint, part) for part in latents.split(self.decode_batch)]
-        return torch.cat(parts).clamp(-1, 1)
+        return torch.cat(parts)
 
     def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
         """[N, 3, 8 h, 8 w] pictures in [-1, 1] -> [N, 4, h, w] float32 latents by the user's VAE; see `Host`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -120,3 +122,11 @@ def test_ladders_by_name_and_by_numbers():
     for text, message in (("1,x", "falling numbers"), ("1,2", "cannot be a ladder")):
         with pytest.raises(SpoError, match=message):
             ladder_of(build_config({"sigmas": text}), alphas)
+
+
+def test_scorers_see_what_the_decoder_gives(checkpoints, tmp_path, monkeypatch):
+    """The published scorer clamps after its resize, so values beyond white and black must reach it."""
+    host = load_host(config_for(checkpoints, "sd15", tmp_path))
+    bright = SimpleNamespace(sample=torch.full((1, 3, 8, 8), 3.0))
+    monkeypatch.setattr(host.model.vae, "decode", lambda latents: bright)
+    assert float(host.decode(torch.zeros(1, 4, 1, 1)).max()) == 3.0

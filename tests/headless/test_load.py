@@ -162,7 +162,7 @@ def test_vae_override(tmp_path: Path, sdxl_path: Path, kind: str) -> None:
     model = load(sdxl_path, vae_path=vae_path, dtype=torch.bfloat16)
     assert {p.dtype for p in model.vae.parameters()} == {torch.float32}
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    expected = source.vae.decode(latents / 0.13025).sample.clamp(-1, 1)  # the checkpoint's scale factor
+    expected = source.vae.decode(latents / 0.13025).sample  # the checkpoint's scale factor
     assert torch.equal(model.decode(latents), expected)
 
 

@@ -25,7 +25,7 @@ def test_sd15_equals_its_source(sd15: DiffusersModel) -> None:
     x, timesteps, conditioning = inputs(sd15)
     expected = source.unet(x, timesteps, conditioning.cross_attention).sample
     assert torch.equal(sd15.predict(x, timesteps, conditioning), expected)
-    pictures = source.vae.decode(x / 0.18215).sample.clamp(-1, 1)
+    pictures = source.vae.decode(x / 0.18215).sample
     assert torch.equal(sd15.decode(x), pictures) and pictures.std() > 0.1
     assert conditioning.pooled is None and conditioning.size_ids is None
 
@@ -39,7 +39,7 @@ def test_sdxl_equals_its_source(sdxl: DiffusersModel) -> None:
     added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.size_ids}
     expected = source.unet(x, timesteps, conditioning.cross_attention, added_cond_kwargs=added).sample
     assert torch.equal(sdxl.predict(x, timesteps, conditioning), expected)
-    assert torch.equal(sdxl.decode(x), source.vae.decode(x / 0.13025).sample.clamp(-1, 1))
+    assert torch.equal(sdxl.decode(x), source.vae.decode(x / 0.13025).sample)
 
 
 def test_outputs_depend_on_every_condition(sdxl: DiffusersModel) -> None:
@@ -92,8 +92,8 @@ def test_low_precision_networks_keep_the_callers_dtype(sd15: DiffusersModel, sdx
 def test_decode_in_batches_and_tiles(sd15: DiffusersModel) -> None:
     latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     pictures = sd15.decode(latents, decode_batch=2)
-    assert pictures.shape == (5, 3, 64, 64) and pictures.abs().max() <= 1
-    assert torch.allclose(pictures, sd15.decode(latents, decode_batch=5), atol=1e-4)
+    assert pictures.shape == (5, 3, 64, 64) and pictures.abs().max() > 1  # not clamped
+    assert torch.allclose(pictures, sd15.decode(latents, decode_batch=5), rtol=1e-3, atol=1e-3)
     sizes: list[int] = []
     handle = sd15.vae.post_quant_conv.register_forward_hook(lambda m, args, output: sizes.append(args[0].shape[-1]))
     wide = torch.randn(1, 4, 8, 96, generator=torch.Generator().manual_seed(1))
