@@ -13,6 +13,7 @@ from spo.cli.progress_bar import progress_bar
 from spo.cli.train_taste import train_taste
 from spo.config import NATIVE_SIZE_PX, build_config, settings
 from spo.errors import SpoError
+from spo.files import size_text
 from spo.headless.host import load_host
 from spo.preference.clip.accuracy import accuracy_curves, accuracy_table
 from spo.preference.clip.pair_data import open_pairs
@@ -123,6 +124,8 @@ def _train_clip(options: argparse.Namespace) -> int:
     config = build_config({**{name: given[name] for name in _HOST if name in given}, **sizes}, architecture)
     source = open_pairs(given["data"])
     model = starting_model(given["start"].expanduser(), training.seed)
+    needed = model.training_bytes(train_text=training.train_text)
+    print(f"memory  {size_text(needed)} for weights, gradients and AdamW, beside a pass and the diffusion model")
     host = load_host(config)
     labels_from = given.get("labels_from")
     labeller = load(labels_from, device=host.device, architecture=architecture) if labels_from else None

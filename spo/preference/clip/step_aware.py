@@ -175,6 +175,17 @@ class StepAwareCLIP(nn.Module):
             scores = scale * (pictures.unflatten(0, pixels.shape[:2]) * texts.to(pictures.device)).sum(-1)
         return scores.to(candidates.x.device)
 
+    def training_bytes(self, *, train_text: bool = True) -> int:
+        """What training it takes in float32: weights, and of those that learn gradients and AdamW's two moments.
+
+        Beside that come the activations of a pass and the diffusion model.
+        """
+        frozen = () if train_text else ("text_model.", "text_projection.")
+        return sum(
+            value.numel() * (4 if name.startswith(frozen) else 16)
+            for name, value in self.named_parameters()
+        )  # fmt: skip
+
     def _image_features(self, pictures: Tensor, modulation: Sequence[Tensor]) -> Tensor:
         device = self.visual_projection.weight.device
         with without_autocast(device):

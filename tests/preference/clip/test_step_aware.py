@@ -399,3 +399,5 @@ def test_sizes_of_the_official_model_follow_from_its_shapes():
     assert clip_shape(shapes) == model.shape
     without_time = [v.numel() for name, v in model.named_parameters() if not any(part in name for part in TIME_NAMES)]
     assert sum(without_time) == 986_109_441  # what is said of OpenCLIP's ViT-H/14
+    assert model.training_bytes() == 16 * 1_306_176_001
+    assert model.training_bytes(train_text=False) == 16 * 1_306_176_001 - 12 * (352_984_064 + 1_048_576)
