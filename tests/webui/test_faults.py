@@ -65,7 +65,7 @@ def one_run(kind, chance, name, monkeypatch):
     }
     preference = Faulty(calls, faults[kind])
     with monkeypatch.context() as patch:
-        patch.setattr(training, "load", lambda *args, **kwargs: preference)
+        patch.setattr(training, "load_preference", lambda *args, **kwargs: preference)
         if kind == "optimizer":
             updates = chance.randint(1, 3)
 

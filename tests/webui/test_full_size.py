@@ -1,0 +1,109 @@
+"""A random checkpoint of full size in a real WebUI: load, one rollout and one update at 64 px, the LoRA applied.
+
+Runs where SPO_WEBUI_DIR names a WebUI and SPO_FULL_SIZE_DIR a folder with sd15.safetensors or sdxl.safetensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from spo.lora.read import read_lora
+from spo.training.loop import train
+from tests.tiny_host import MeanOfChannel
+from tests.webui import test_host as host
+from tests.webui.test_faults import resident_mib
+
+webui = host.webui
+FOLDER = os.environ.get("SPO_FULL_SIZE_DIR", "")
+pytestmark = pytest.mark.skipif(
+    not (FOLDER and os.environ.get("SPO_WEBUI_DIR")), reason="SPO_WEBUI_DIR and SPO_FULL_SIZE_DIR name no folders"
+)
+MODULES = {"sd15": 128, "sdxl": 560}
+TOKENIZER = Path(__file__).parents[2] / "spo" / "clip_tokenizer"
+CLIP_L = {
+    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": 768, "intermediate_size": 3072,
+    "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "quick_gelu", "projection_dim": 768,
+    "max_position_embeddings": 77, "vocab_size": 49408,
+}  # fmt: skip
+
+
+@pytest.fixture(params=list(MODULES))
+def full_size(request, webui, tmp_path):
+    """The architecture, with its checkpoint loaded; megabytes that loading added, and of the file."""
+    from modules import sd_models
+
+    source = Path(FOLDER) / f"{request.param}.safetensors"
+    if not source.exists():
+        pytest.skip(f"there is no {source}")
+    clip = tmp_path / "clip"
+    shutil.copytree(TOKENIZER, clip)
+    (clip / "config.json").write_text(json.dumps(CLIP_L))
+    checkpoint = tmp_path / source.name
+    checkpoint.symlink_to(source)
+    root = Path(str(host.WEBUI))
+    if request.param == "sd15":
+        text = (root / "configs" / "v1-inference.yaml").read_text()
+        target = "target: ldm.modules.encoders.modules.FrozenCLIPEmbedder"
+        text = text.replace(target, f"{target}\n      params:\n        version: {clip}")
+    else:
+        folder = root / "repositories" / "generative-models" / "configs" / "inference"
+        text = (folder / "sd_xl_base.yaml").read_text()
+        target = "target: sgm.modules.encoders.modules.FrozenCLIPEmbedder\n          params:\n"
+        text = text.replace(target, f"{target}            version: {clip}\n")
+    checkpoint.with_suffix(".yaml").write_text(text)
+    sd_models.model_data.get_sd_model()
+    info = sd_models.CheckpointInfo(str(checkpoint))
+    info.register()
+    before = resident_mib()
+    model = sd_models.load_model(info)
+    yield request.param, model, resident_mib() - before, source.stat().st_size / 2**20
+    host.load("tiny-sd1")
+    sd_models.list_models()
+
+
+def test_one_rollout_and_one_update_at_full_size(full_size, tmp_path):
+    import networks
+    from modules import shared
+
+    from spo.webui.host import borrowed
+
+    architecture, model, added_mib, file_mib = full_size
+    changes = {
+        "checkpoint": model.sd_checkpoint_info.filename, "width": 64, "height": 64, "steps": 1, "sampling_steps": 3,
+        "candidates": 2, "inner_steps": 0, "prompts_per_batch": 1, "pairs_per_update": 1, "accumulation": 1,
+        "divert_start_step": 1, "threshold": 0.0, "negative_prompt": "bad", "rank": 4,
+        "output": str(tmp_path / "spo-test-full-size.safetensors"),
+    }  # fmt: skip
+    config = host.config_for(tmp_path, architecture, architecture, **changes)
+    began = time.monotonic()
+    with borrowed(config, training=True) as lent:
+        report = train(lent, config, ["a fox"], MeanOfChannel())
+    seconds = time.monotonic() - began
+    assert report.finished
+    layers = read_lora(report.output).layers
+    assert len(layers) == MODULES[architecture]
+    exported = Path(shared.cmd_opts.lora_dir) / report.output.name
+    exported.write_bytes(report.output.read_bytes())
+    networks.list_available_networks()
+    try:
+        network = networks.load_network(exported.stem, networks.available_networks[exported.stem])
+        assert len(network.modules) == MODULES[architecture]  # the WebUI knows every one of them
+        plain = host.txt2img("Euler a", prompt="a fox", size=64)
+        assert not np.array_equal(host.txt2img("Euler a", prompt=f"a fox <lora:{exported.stem}:40>", size=64), plain)
+        assert np.array_equal(host.txt2img("Euler a", prompt="a fox", size=64), plain)
+    finally:
+        exported.unlink()
+        networks.list_available_networks()
+    dtype = next(model.model.diffusion_model.parameters()).dtype
+    weights = added_mib / file_mib
+    print(
+        f"\n{architecture}: file {file_mib:.0f} MiB, loading adds {added_mib:.0f} MiB resident ({weights:.2f} x) in "
+        f"{dtype}; rollout and update {seconds:.0f} s, resident {resident_mib():.0f} MiB; {len(layers)} modules"
+    )
