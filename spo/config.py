@@ -44,7 +44,7 @@ class ModelConfig:
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1, mps ...")
     gradient_checkpointing: bool = _setting(False, "less memory in training for about a third more time")
     rest_on_cpu: bool = _setting(
-        False, "preference model and VAE wait in main memory and come to the GPU for a verdict only: less of its memory"
+        False, "the preference model waits in main memory and comes to the GPU for a verdict only: less of its memory"
     )
 
 
