@@ -53,7 +53,7 @@ from spo.demo.rule import colourfulness
 from spo.demo.run import demo_config
 from spo.demo.subjects import load as load_classifier
 from spo.files import write_text, write_whole
-from spo.headless.compare import adapter_from_file
+from spo.headless.compare import adapter_from_file, pictures
 from spo.headless.host import HeadlessHost, load_host
 from spo.images import to_picture
 from spo.preference.taste.fit import FitSettings, VoteSet, davidson_loss, fit_member, fit_taste
@@ -461,9 +461,9 @@ def judge_lora(work: Path, host: HeadlessHost, lora: Path, head: str, taste: str
     host.prepare(prompts)
     base = work / "base.safetensors"
     if not base.exists():
-        save_file({"pixels": host.sample(prompts, seeds).contiguous()}, base)
+        save_file({"pixels": pictures(host, prompts, seeds, eta=host.config.rollout.eta).contiguous()}, base)
     adapter = adapter_from_file(host, lora)
-    pixels = host.sample(prompts, seeds)
+    pixels = pictures(host, prompts, seeds, eta=host.config.rollout.eta)
     adapter.remove()
     save_file({"pixels": pixels.contiguous()}, work / f"{lora.stem}_pictures.safetensors")
     before = load_file(base)["pixels"]

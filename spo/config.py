@@ -41,6 +41,24 @@ class ModelConfig:
         "float16",
         "bfloat16",
     )
+    weight_storage: str = _setting(
+        "precision",
+        "of the frozen network's weights; float8 halves their memory, and pictures differ a little",
+        "precision",
+        "float8",
+    )
+    vae_precision: str = _setting(
+        "auto",
+        "of the VAE; auto on a GPU: half precision that a trial picture survives, float32 when a picture is not finite",
+        "auto",
+        "float32",
+        "float16",
+        "bfloat16",
+    )
+    vae_tiles: bool = _setting(
+        False, "decode large pictures in tiles: less memory, faint seams; off: when memory runs out"
+    )
+    taesd: str = _setting("", "TAESD decoder to decode with in the VAE's place: faster, a little less exact")
     device: str = _setting("auto", "auto, cpu, cuda, cuda:1, mps ...")
     gradient_checkpointing: bool = _setting(False, "less memory in training for about a third more time")
     rest_on_cpu: bool = _setting(

@@ -33,17 +33,17 @@ def read_prompts(path: str | Path) -> list[str]:
         raise SpoError(f'prompts file "{path}" is not UTF-8 text.') from error
     kind = path.suffix.lower()
     if kind == ".txt":
-        found: Iterable[Any] = text.splitlines()
+        texts: Iterable[Any] = text.splitlines()
     elif kind == ".json":
-        found = _json_prompts(_parse(text, path), path)
+        texts = _json_prompts(_parse(text, path), path)
     elif kind == ".jsonl":
         rows = [_parse(line, path, number) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        found = _json_prompts(rows, path)
+        texts = _json_prompts(rows, path)
     elif kind == ".csv":
-        found = _csv_prompts(text, path)
+        texts = _csv_prompts(text, path)
     else:
         raise SpoError(f'prompts file "{path}" ends in "{path.suffix}"; accepted are .txt, .json, .jsonl and .csv.')
-    prompts = [prompt.strip() for prompt in found if prompt.strip()]
+    prompts = [prompt.strip() for prompt in texts if prompt.strip()]
     if not prompts:
         raise SpoError(f'prompts file "{path}" has no prompt in it.')
     return prompts

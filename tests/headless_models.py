@@ -28,12 +28,15 @@ def load(path: Path, **options: Any) -> DiffusersModel:
 def inputs(model: DiffusersModel, count: int = 3) -> tuple[Tensor, Tensor, Conditioning]:
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(count, 4, 12, 8, generator=generator)
-    return x, torch.tensor([999, 501, 0])[:count], model.encode_prompts(PROMPTS[:count], **SIZE)
+    return x, torch.tensor([999, 501, 0])[:count], model.text_encoders.encode(PROMPTS[:count], **SIZE)
 
 
 def assert_same_weights(model: DiffusersModel, source: TinySource) -> None:
+    model.vae.use("encoder")
     for mine, theirs in zip(
-        (model.unet, model.vae, *model._text_encoders), (source.unet, source.vae, *source.text_encoders), strict=True
+        (model.unet, model.vae.network, *model.text_encoders.networks),
+        (source.unet, source.vae, *source.text_encoders),
+        strict=True,
     ):
         got, expected = mine.state_dict(), theirs.state_dict()
         assert got.keys() == expected.keys()

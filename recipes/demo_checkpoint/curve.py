@@ -15,7 +15,7 @@ from typing import Any
 
 from spo.demo.judge import Judge, Judgement, held_out, taste_win_rate
 from spo.demo.run import demo_config
-from spo.headless.compare import adapter_from_file
+from spo.headless.compare import adapter_from_file, pictures
 from spo.headless.host import HeadlessHost, load_host
 from spo.preference.load import load_preference
 from spo.prompts import read_prompts
@@ -40,19 +40,14 @@ def judge_stages(folder: Path, learning_rate: float, steps: int, every: int) -> 
     changes = {"learning_rate": learning_rate, "steps": steps, "save_every": every, "keep_last": 0, "sample_every": 0}
     config = demo_config(folder, changes)
     host = load_host(config)
-    train(
-        host,
-        config,
-        read_prompts(config.prompt.prompts),
-        load_preference(config, host.device, host.architecture),
-    )
+    train(host, config, read_prompts(config.prompt.prompts), load_preference(config, host.device, host.architecture))
     output = Path(config.run.output)
     prompts, seeds = held_out()
     host.prepare(prompts)
     judge = Judge()
 
     def judged(on: HeadlessHost) -> Judgement:
-        return judge.judge(on.sample(prompts, seeds), prompts)
+        return judge.judge(pictures(on, prompts, seeds, eta=config.rollout.eta), prompts)
 
     base = judged(host)
     rows = []

@@ -17,7 +17,7 @@ SCALE_FACTOR: Mapping[Architecture, float] = {"sd15": 0.18215, "sdxl": 0.13025}
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What `inspect_checkpoint` found.
+    """What `inspect_checkpoint` says.
 
     prediction_source   where the prediction type comes from, in words
     zero_terminal_snr   the checkpoint says that it was trained with its last noise level at zero signal

@@ -182,10 +182,10 @@ def clip_prefix(file: TensorFile, architecture: Architecture) -> str:
 
 
 def text_encoder_shapes(file: TensorFile, architecture: Architecture, hints: YamlHints) -> tuple[TextEncoderShape, ...]:
-    found = []
+    encoders = []
     clip = _Tensors(file, clip_prefix(file, architecture))
     if clip.has("embeddings.token_embedding.weight"):
-        found.append(
+        encoders.append(
             TextEncoderShape(
                 kind="clip",
                 width=clip.size("embeddings.token_embedding.weight", 1),
@@ -200,7 +200,7 @@ def text_encoder_shapes(file: TensorFile, architecture: Architecture, hints: Yam
         )
     big = _Tensors(file, OPEN_CLIP_PREFIX)
     if architecture == "sdxl" and big.has("token_embedding.weight"):
-        found.append(
+        encoders.append(
             TextEncoderShape(
                 kind="open_clip",
                 width=big.size("token_embedding.weight", 1),
@@ -213,17 +213,17 @@ def text_encoder_shapes(file: TensorFile, architecture: Architecture, hints: Yam
                 activation="gelu",
             )
         )
-    if architecture == "sdxl" and len(found) == 1:
+    if architecture == "sdxl" and len(encoders) == 1:
         refuse(file.path, "is an SDXL checkpoint with only one of its two text encoders")
-    for encoder in found:
+    for encoder in encoders:
         if encoder.vocabulary < VOCABULARY or encoder.positions < 77:
             refuse(file.path, f"has a text encoder for {encoder.vocabulary} tokens at {encoder.positions} places; "
                                f"CLIP's has {VOCABULARY} at 77")  # fmt: skip
-    return tuple(_with_config_hint(file.path, e, number, hints) for number, e in enumerate(found))
+    return tuple(_with_config_hint(file.path, e, number, hints) for number, e in enumerate(encoders))
 
 
 def _with_config_hint(path: Path, shape: TextEncoderShape, number: int, hints: YamlHints) -> TextEncoderShape:
-    """The shape with heads, activation and epsilon of a transformers config.json, where one is found."""
+    """The shape with heads, activation and epsilon of a transformers config.json, where there is one."""
     name = "text_encoder_config.json" if number == 0 else "text_encoder_2_config.json"
     own = path.with_name(f"{path.stem}.{name}")
     folder = hints.text_folders[number] if number < len(hints.text_folders) else None

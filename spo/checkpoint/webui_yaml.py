@@ -101,8 +101,8 @@ def _version_folder(yaml_path: Path, embedder: dict[str, Any]) -> Path | None:
 
 
 def prediction_word(word: str, what: str) -> PredictionType:
-    found = _PREDICTION_WORDS.get(word.strip().lower())
-    if found is None:
+    prediction_type = _PREDICTION_WORDS.get(word.strip().lower())
+    if prediction_type is None:
         choices = ("epsilon", "v_prediction")
         raise SpoError(f'{what} "{word}" is not known{nearest(word, choices)} (accepted: epsilon, v_prediction)')
-    return found
+    return prediction_type

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,10 @@ def run_demo(folder: Path, watched: Callable[[], AbstractContextManager[Watcher]
     print("Judging base and LoRA on 64 held-out prompt-and-seed pairs ...")
     prompts, seeds = held_out()
     host.prepare(prompts)
-    columns: dict[str, Samples] = {"base": samples(host, preference, prompts, seeds)}
+    sample = partial(samples, host, preference, prompts, seeds, eta=config.rollout.eta)
+    columns: dict[str, Samples] = {"base": sample()}
     adapter = adapter_from_file(host, output)
-    columns["LoRA"] = samples(host, preference, prompts, seeds)
+    columns["LoRA"] = sample()
     adapter.remove()
     judge = Judge()
     verdicts = {name: judge.judge(column.pixels, prompts) for name, column in columns.items()}

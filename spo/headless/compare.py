@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from spo.algorithm.preference import Candidates, PreferenceModel
-from spo.algorithm.rollout import RolloutSettings
+from spo.algorithm.rollout import Rollout, RolloutSettings
 from spo.config import Config
 from spo.errors import SpoError
-from spo.headless.host import HeadlessHost, load_host
+from spo.headless.host import load_host
 from spo.images import to_picture
 from spo.lora.adapter import Adapter
 from spo.lora.read import check_matches, read_lora
 from spo.preference.load import load_preference
 from spo.report.grids import grid
 from spo.report.tables import score_table
+from spo.training.host import Host
 
 
 @dataclass(frozen=True)
@@ -34,22 +36,42 @@ class Samples:
 
 
 def samples(
-    host: HeadlessHost, preference: PreferenceModel, prompts: Sequence[str], seeds: Sequence[int], batch: int = 16
+    host: Host,
+    preference: PreferenceModel,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    eta: float,
+    batch: int = 16,
 ) -> Samples:
-    """Sample one picture for each prompt and seed with the network as it is, and score it. Prompts must be prepared."""
-    plain = RolloutSettings(candidates=1, eta=host.config.rollout.eta)
+    """Sample one picture for each prompt and seed with the network as it is, and score it. Prompts must be prepared.
+
+    eta  fresh noise at each step, as in `RolloutSettings`
+    """
     parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for part, rollout in _rollouts(host, prompts, seeds, eta, batch):
+        pool = Candidates(rollout.x[None], rollout.sigma, 0.0, rollout.x[None], host.decode)
+        parts.append((rollout.x.cpu(), pool.pixels()[0].clamp(-1, 1).cpu(), preference.score(pool, part)[0].cpu()))
+    return Samples(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+
+def pictures(host: Host, prompts: Sequence[str], seeds: Sequence[int], *, eta: float, batch: int = 16) -> Tensor:
+    """[N, 3, height, width] in [-1, 1] on the CPU: the pictures of `samples` without scores."""
+    rollouts = _rollouts(host, prompts, seeds, eta, batch)
+    return torch.cat([host.decode(rollout.x).clamp(-1, 1).cpu() for _, rollout in rollouts])
+
+
+def _rollouts(
+    host: Host, prompts: Sequence[str], seeds: Sequence[int], eta: float, batch: int
+) -> Iterator[tuple[Sequence[str], Rollout]]:
+    """Ordinary ancestral sampling, no pools: (prompts, rollout) of one batch after the other."""
+    plain = RolloutSettings(candidates=1, eta=eta)
     for first in range(0, len(prompts), batch):
-        told = prompts[first : first + batch]
-        rolled = host.rollout(told, seeds[first : first + batch], plain, None, None)
-        latents = rolled.x
-        pool = Candidates(latents[None], rolled.sigma, 0.0, latents[None], host.decode)
-        pixels = pool.pixels()[0]
-        parts.append((latents.cpu(), pixels.cpu(), preference.score(pool, told)[0].cpu()))
-    return Samples(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        part = slice(first, first + batch)
+        yield prompts[part], host.rollout(prompts[part], seeds[part], plain, None, None)
 
 
-def adapter_from_file(host: HeadlessHost, path: Path) -> Adapter:
+def adapter_from_file(host: Host, path: Path) -> Adapter:
     """Put a LoRA file on the host's network. Raises SpoError when the file is not a LoRA for it."""
     layers = check_matches(read_lora(path), host.network, host.naming, host.architecture)
     return Adapter(host.network, [], rank=1, alpha=1, start=layers)
@@ -69,16 +91,17 @@ def compare_loras(
     for path in loras:
         read_lora(path)
     rows = list(itertools.product(prompts, seeds))
-    told, drawn = [prompt for prompt, _ in rows], [seed for _, seed in rows]
+    row_prompts, row_seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
     host = load_host(config)
     preference = load_preference(config, host.device, host.architecture)
-    host.prepare(told)
-    columns = {"base": samples(host, preference, told, drawn)}
+    host.prepare(row_prompts)
+    sample = partial(samples, host, preference, row_prompts, row_seeds, eta=config.rollout.eta)
+    columns = {"base": sample()}
     for path in loras:
         adapter = adapter_from_file(host, path)
         for weight in weights:
             adapter.set_multiplier(weight)
-            columns[f"{path.stem} : {weight:g}"] = samples(host, preference, told, drawn)
+            columns[f"{path.stem} : {weight:g}"] = sample()
         adapter.remove()
     save_grid(columns, [f"{prompt}\nseed {seed}" for prompt, seed in rows], output)
     return score_table({label: column.scores.tolist() for label, column in columns.items()}, preference.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,11 @@ from spo.algorithm.rollout import PoolVerdict, Rollout, RolloutSettings, Scoring
 from spo.checkpoint.hashes import short_hash
 from spo.config import Config
 from spo.headless.device import choose_device, choose_dtype
+from spo.headless.text import EncodedPrompts, count_chunks
+from spo.headless.vae import OUT_OF_MEMORY_ADVICE
 from spo.rng import SeededDraws
 from spo.training.loop import ladder_of
+from spo.training.memory import retry_with_less
 
 if TYPE_CHECKING:
     from spo.headless.model import DiffusersModel
@@ -45,38 +49,47 @@ class HeadlessHost:
         self.sigmas = ladder_of(config, self.alphas_cumprod.cpu()).to(self.device)
         self.denoiser = GuidedDenoiser(model.predict, self.alphas_cumprod, model.prediction_type)
         self.decode_batch = config.rollout.decode_batch
-        self._encoded: dict[str, Conditioning] = {}
+        self._encoded = EncodedPrompts()
+        self._negative: Conditioning | None = None
         if config.model.gradient_checkpointing:
             self.set_gradient_checkpointing(True)
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Encode prompts and the negative prompt, once; all padded to the same number of chunks."""
-        negative = self.config.prompt.negative_prompt
-        wanted = list(dict.fromkeys(prompts))
-        chunks = self.model.count_chunks([*wanted, negative])
+        """Encode the prompts that are new and the negative prompt; features rest on the CPU until they are used.
 
-        def encode(told: Sequence[str], is_negative: bool) -> Conditioning:
-            return self.model.encode_prompts(
-                told,
+        The text encoders leave the device and the memory afterwards. Called a second time with prompts that are new,
+        they are read again and rest on the CPU from then on: who calls so often has prompts that change.
+        """
+        prompt = self.config.prompt
+        chunks = count_chunks([*prompts, prompt.negative_prompt])
+        is_known = chunks == self._encoded.chunks and self._negative is not None
+        if is_known and all(text in self._encoded for text in prompts):
+            self._encoded.keep(prompts)
+            return
+
+        def encode(texts: Sequence[str], chunks: int | None = None, negative: bool = False) -> Conditioning:
+            return self.model.text_encoders.encode(
+                texts,
                 clip_skip=self.config.model.clip_skip,
-                width=self.config.prompt.width,
-                height=self.config.prompt.height,
+                width=prompt.width,
+                height=prompt.height,
                 chunks=chunks,
-                negative=is_negative,
+                negative=negative,
             )
 
-        encoded = encode(wanted, False)
-        self._encoded = {prompt: encoded.rows([row]) for row, prompt in enumerate(wanted)}
-        self._negative = encode([negative], True)
+        self._encoded.fill(prompts, encode, chunks)
+        is_first = self._negative is None
+        self._negative = encode([prompt.negative_prompt], chunks, negative=True).to(self.device)
+        self.model.rest_text_encoders(keep=not is_first)
 
     def conditioning(self, prompts: Sequence[str]) -> Conditioning:
-        """[N] rows for prompts that `prepare` has encoded."""
-        return Conditioning.cat([self._encoded[prompt] for prompt in prompts])
+        """[N] rows on the device for prompts that `prepare` has encoded."""
+        return self._encoded.take(prompts, self.device)
 
     def arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
         return {
             "cond": self.conditioning(prompts),
-            "uncond": self._negative.repeat(len(prompts)),
+            "uncond": self._negative.repeat(len(prompts)) if self._negative is not None else None,
             "guidance_scale": self.config.rollout.guidance_scale,
         }
 
@@ -113,24 +126,33 @@ class HeadlessHost:
             return self.denoiser(x, sigma, self.conditioning(prompts))
         return self.denoiser(x, sigma, **self.arguments(prompts))
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """[N, 4, h, w] latents -> [N, 3, 8 h, 8 w] pictures about [-1, 1], not clamped, float32."""
-        return self.model.decode(latents, decode_batch=self.decode_batch)
+        """[N, 4, h, w] latents -> [N, 3, 8 h, 8 w] pictures about [-1, 1], not clamped, float32.
+
+        When memory runs out, fewer are decoded at a time, for good; then in tiles. SpoError when that does not help.
+        """
+
+        def lessen() -> str | None:
+            return self._halve_decode_batch() or self.model.decoder.lessen()
+
+        return retry_with_less(
+            lambda: self.model.decoder.decode(latents, self.decode_batch), lessen, warnings.warn, OUT_OF_MEMORY_ADVICE
+        )
 
     def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
-        """[N, 3, 8 h, 8 w] pictures in [-1, 1] -> [N, 4, h, w] float32 latents; `noise` as in `DiffusersModel`."""
-        return self.model.encode(pictures, noise=noise)
+        """[N, 3, 8 h, 8 w] pictures in [-1, 1] -> [N, 4, h, w] float32 latents; `noise` as in `Vae.encode`."""
+        return retry_with_less(
+            lambda: self.model.vae.encode(pictures, noise=noise, batch=self.decode_batch),
+            self._halve_decode_batch,
+            warnings.warn,
+            OUT_OF_MEMORY_ADVICE,
+        )
 
-    def sample(self, prompts: Sequence[str], seeds: Sequence[int], batch: int = 16) -> Tensor:
-        """[N, 3, height, width] pictures in [-1, 1] on the CPU: ordinary ancestral sampling, no pools."""
-        plain = RolloutSettings(candidates=1, eta=self.config.rollout.eta)
-        pictures = []
-        for first in range(0, len(prompts), batch):
-            part = slice(first, first + batch)
-            latents = self.rollout(prompts[part], seeds[part], plain, None, None).x
-            pictures.append(self.decode(latents).clamp(-1, 1).cpu())
-        return torch.cat(pictures)
+    def _halve_decode_batch(self) -> str | None:
+        if self.decode_batch == 1:
+            return None
+        self.decode_batch = (self.decode_batch + 1) // 2
+        return f"decode_batch {self.decode_batch}"
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """See `training.host.Host`."""
@@ -148,5 +170,9 @@ def load_host(config: Config) -> HeadlessHost:
         dtype=choose_dtype(config.model.precision, device),
         vae_path=config.model.vae or None,
         prediction_type=None if config.model.prediction_type == "auto" else config.model.prediction_type,
+        vae_dtype=None if config.model.vae_precision == "auto" else getattr(torch, config.model.vae_precision),
+        vae_tiles=config.model.vae_tiles,
+        taesd_path=config.model.taesd or None,
+        float8=config.model.weight_storage == "float8",
     )
     return HeadlessHost(model, config)

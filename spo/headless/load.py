@@ -2,26 +2,37 @@
 
 Every configuration is derived from `inspect_checkpoint`, so no hub and no shipped configuration is needed, and small
 checkpoints load like full ones.
+
+Weights are read by `weights.Source`, in portions, not by diffusers' `from_pretrained` and `from_single_file`: these
+keep a whole file mapped while they convert it, so that of a network in another precision than its file's both are
+resident.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spo.checkpoint.folder import FolderPart, open_folder_part
 from spo.checkpoint.info import CheckpointInfo
 from spo.checkpoint.inspect import inspect_checkpoint
 from spo.checkpoint.kinds import OPEN_CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX
-from spo.checkpoint.shapes import TextEncoderShape, UNetShape, VaeShape, clip_prefix, vae_shape
+from spo.checkpoint.shapes import TextEncoderShape, UNetShape, clip_prefix, vae_shape
 from spo.checkpoint.tensor_file import TensorFile, open_tensor_file, read_tensors
 from spo.checkpoint.webui_yaml import NoiseSchedule
 from spo.errors import SpoError
+from spo.headless.float8 import store_in_float8
 from spo.headless.model import DiffusersModel
+from spo.headless.taesd import load_taesd
+from spo.headless.text import TextEncoders
+from spo.headless.vae import Side, Vae
+from spo.headless.weights import Source, ready
+from spo.training.memory import is_out_of_memory
 
 TRAINING_TIMESTEPS = 1000
 _LAST_ALPHA_CUMPROD = 4.8973451890853435e-08  # instead of an exact 0, as the WebUI does: sigma stays finite
@@ -36,16 +47,21 @@ def load_model(
     prediction_type: str | None = None,
     config_path: Path | str | None = None,
     vae_dtype: torch.dtype | None = None,
+    vae_tiles: bool = False,
+    taesd_path: Path | str | None = None,
+    float8: bool = False,
 ) -> DiffusersModel:
-    """The checkpoint at `path` (see `inspect_checkpoint`, also for the last two), frozen and in eval mode.
+    """The checkpoint at `path` (see `inspect_checkpoint`, also for `prediction_type` and `config_path`), frozen.
 
-    dtype      of the UNet, the text encoders and the text features
-    vae_path   a VAE instead of the checkpoint's: an LDM file (.safetensors, .pt, .ckpt; `first_stage_model.` before its
-               names or not; a whole checkpoint too), or a diffusers folder
-    vae_dtype  default: float32, or `dtype` if the VAE was made for half precision (a file or folder with "fp16" and
-               "fix" in its name, or `force_upcast: false` in its configuration)
+    dtype       of the UNet, the text encoders and the text features
+    vae_path    a VAE instead of the checkpoint's: an LDM file (.safetensors, .pt, .ckpt; `first_stage_model.` before
+                its names or not; a whole checkpoint too), or a diffusers folder
+    vae_dtype   None: float32 on a CPU or beside a float32 network, else what `vae.half_dtype` finds
+    vae_tiles   decode in tiles from the beginning
+    taesd_path  a TAESD that decodes in the VAE's place
+    float8      store the UNet's weights in float8, see there
 
-    Raises SpoError when something is missing, is of another kind, or does not fit.
+    Raises SpoError when something is missing, is of another kind, or does not fit, and when memory runs out.
     """
     info = inspect_checkpoint(path, config_path=config_path, prediction_type=prediction_type)
     if not info.text_encoders:
@@ -53,22 +69,39 @@ def load_model(
     if info.vae is None and vae_path is None:
         raise SpoError(f'"{info.path.name}" holds no VAE: give one, a file or a diffusers folder')
     device = torch.device(device)
-    file = None if info.is_folder else open_tensor_file(info.path)
-    alphas_cumprod = _alphas_cumprod(info, file)
-    numbers = range(len(info.text_encoders))
-    return DiffusersModel(
-        info=info,
-        unet=_load_unet(info, file, device, dtype),
-        vae=_load_vae(info, file, None if vae_path is None else Path(vae_path), device, dtype, vae_dtype),
-        text_encoders=[_load_text_encoder(info, file, number, device, dtype) for number in numbers],
-        alphas_cumprod=alphas_cumprod,
-        device=device,
-        dtype=dtype,
-    )
+    if dtype == torch.float32 and vae_dtype is None:
+        vae_dtype = torch.float32
+    try:
+        vae = _load_vae(info, None if vae_path is None else Path(vae_path), device, vae_dtype, vae_tiles)
+        if taesd_path is None:
+            vae.use("decoder")
+        tiny_dtype = torch.float32 if device.type == "cpu" else dtype
+        return DiffusersModel(
+            info=info,
+            vae=vae,
+            taesd=None if taesd_path is None else load_taesd(Path(taesd_path), device, tiny_dtype),
+            load_text_encoders=_text_encoders_later(info, device, dtype),
+            unet=_load_unet(info, device, dtype, float8),
+            alphas_cumprod=_alphas_cumprod(info),
+            device=device,
+            dtype=dtype,
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SpoError(
+            f"Out of memory while {info.path.name} was loaded onto {device}: choose precision float16 or bfloat16, "
+            "weight_storage float8, or free memory that other programs hold."
+        ) from error
 
 
-def _alphas_cumprod(info: CheckpointInfo, file: TensorFile | None) -> Tensor:
+# ---------------------------------------------------------------------------------------------- the noise schedule
+
+
+def _alphas_cumprod(info: CheckpointInfo) -> Tensor:
+    """[1000] float32, of the file's table where it has one, else of its configuration."""
     alphas = _schedule_alphas_cumprod(info.schedule)
+    file = None if info.is_folder else open_tensor_file(info.path)
     if file is not None and "alphas_cumprod" in file.tensors:
         stored = read_tensors(file, ["alphas_cumprod"])["alphas_cumprod"]
         if stored.shape != (TRAINING_TIMESTEPS,):
@@ -83,6 +116,7 @@ def _alphas_cumprod(info: CheckpointInfo, file: TensorFile | None) -> Tensor:
 
 
 def _schedule_alphas_cumprod(schedule: NoiseSchedule) -> Tensor:
+    """[1000] float64. By hand, as the WebUI does: diffusers' schedulers multiply in float32, 5e-7 off."""
     start, end, count = schedule.beta_start, schedule.beta_end, TRAINING_TIMESTEPS
     if schedule.beta_schedule == "scaled_linear":
         betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64).square()
@@ -103,20 +137,23 @@ def empty_unet(info: CheckpointInfo) -> Any:
         return UNet2DConditionModel(**_unet_config(info.unet))
 
 
-def _load_unet(info: CheckpointInfo, file: TensorFile | None, device: torch.device, dtype: torch.dtype) -> Any:
+def _load_unet(info: CheckpointInfo, device: torch.device, dtype: torch.dtype, float8: bool) -> Any:
     unet = empty_unet(info)
-    if file is None:
-        tensors = _folder_tensors(open_folder_part(info.path / "unet"))
-        return _fill(unet, tensors, device, dtype, f"UNet in {info.path.name}")
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+    in_float8 = store_in_float8(unet) if float8 else set()
+    what = f"UNet in {info.path.name}"
+    if info.is_folder:
+        source = Source(open_folder_part(info.path / "unet").files, "", dict)
+    else:
+        from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
-    tensors = read_tensors(file, [name for name in file.tensors if name.startswith(UNET_PREFIX)])
-    converted = convert_ldm_unet_checkpoint(tensors, dict(unet.config))
-    unused = len(tensors) - len(unet.state_dict().keys() & converted.keys())
-    if unused:
-        warnings.warn(f"{info.path.name}: {unused} tensors of its UNet have no known use, left out", stacklevel=3)
-    tensors.clear()  # `converted` alone holds them now, and `_fill` lets go of one after the other
-    return _fill(unet, converted, device, dtype, f"UNet in {info.path.name}")
+        file = open_tensor_file(info.path)
+        source = Source([file], UNET_PREFIX, lambda tensors: convert_ldm_unet_checkpoint(tensors, dict(unet.config)))
+        unused = len(source.names(file)) - len(unet.state_dict().keys() & source.converted().keys())
+        if unused:
+            warnings.warn(f"{info.path.name}: {unused} tensors of its UNet have no known use, left out", stacklevel=4)
+    source.check(unet, what)
+    source.fill(unet, device, dtype, in_float8=in_float8)
+    return ready(unet, device)
 
 
 def _unet_config(shape: UNetShape) -> dict[str, Any]:
@@ -145,44 +182,43 @@ def _unet_config(shape: UNetShape) -> dict[str, Any]:
 
 
 def _load_vae(
-    info: CheckpointInfo,
-    file: TensorFile | None,
-    override: Path | None,
-    device: torch.device,
-    dtype: torch.dtype,
-    vae_dtype: torch.dtype | None,
-) -> Any:
-    vae, tensors, is_half_safe = _vae_and_tensors(info, file, override)
-    vae_dtype = vae_dtype or (dtype if is_half_safe else torch.float32)
-    return _fill(vae, tensors, device, vae_dtype, f"VAE in {(override or info.path).name}")
+    info: CheckpointInfo, override: Path | None, device: torch.device, dtype: torch.dtype | None, tiles: bool
+) -> Vae:
+    """The VAE without weights; it reads them when they are needed, but what is missing is said now."""
+    network, source = _vae_and_source(info, override)
+    source.check(network, f"VAE in {(override or info.path).name}")
+    ready(network, device)
+
+    def read(side: Side, dtype: torch.dtype) -> None:
+        parts = {"decoder": ("decoder.", "post_quant_conv."), "encoder": ("encoder.", "quant_conv.")}
+        source.fill(network, device, dtype, only=parts[side])
+        network.requires_grad_(False)
+
+    return Vae(network, read, scale_factor=info.scale_factor, device=device, dtype=dtype, tiled=tiles)
 
 
-def _vae_and_tensors(
-    info: CheckpointInfo, file: TensorFile | None, override: Path | None
-) -> tuple[Any, dict[str, Tensor], bool]:
-    """The VAE without weights, its tensors, and whether it was made for half precision."""
+def _vae_and_source(info: CheckpointInfo, override: Path | None) -> tuple[Any, Source]:
     if override is None:
-        if file is None or info.vae is None:
+        if info.is_folder:
             return _vae_in_folder(info.path / "vae", info.scale_factor)
-        return *_vae_in_file(file, VAE_PREFIX, info.vae, info.scale_factor), False
-    is_half_safe = "fp16" in override.name.lower() and "fix" in override.name.lower()
+        return _vae_in_file(open_tensor_file(info.path), VAE_PREFIX, info.scale_factor)
     if override.is_dir():
         inner = override / "vae" if (override / "vae").is_dir() else override
-        vae, tensors, says_so = _vae_in_folder(inner, info.scale_factor)
-        return vae, tensors, says_so or is_half_safe
+        return _vae_in_folder(inner, info.scale_factor)
     file = open_tensor_file(override)
     for prefix in (VAE_PREFIX, ""):
         if f"{prefix}decoder.conv_in.weight" in file.tensors and f"{prefix}encoder.conv_in.weight" in file.tensors:
             if any(entry.startswith(f"{prefix}decoder.up_blocks.") for entry in file.tensors):
                 raise SpoError(f'"{override.name}" has diffusers names: give the folder that holds its config.json')
-            return *_vae_in_file(file, prefix, vae_shape(file, prefix), info.scale_factor), is_half_safe
+            return _vae_in_file(file, prefix, info.scale_factor)
     raise SpoError(f'"{override.name}" is not a VAE: it holds no encoder and decoder')
 
 
-def _vae_in_file(file: TensorFile, prefix: str, shape: VaeShape, scale_factor: float) -> tuple[Any, dict[str, Tensor]]:
+def _vae_in_file(file: TensorFile, prefix: str, scale_factor: float) -> tuple[Any, Source]:
     from diffusers import AutoencoderKL
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
+    shape = vae_shape(file, prefix)
     levels = len(shape.channels)
     with torch.device("meta"):
         vae: Any = AutoencoderKL(
@@ -194,13 +230,16 @@ def _vae_in_file(file: TensorFile, prefix: str, shape: VaeShape, scale_factor: f
             sample_size=512,
             scaling_factor=scale_factor,
         )
+
+    def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        bare = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        return convert_ldm_vae_checkpoint(bare, dict(vae.config))
+
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-    names = [name for name in file.tensors if name.startswith(tuple(prefix + part for part in parts))]
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in read_tensors(file, names).items()}
-    return vae, convert_ldm_vae_checkpoint(tensors, dict(vae.config))
+    return vae, Source([file], tuple(prefix + part for part in parts), convert)
 
 
-def _vae_in_folder(folder: Path, scale_factor: float) -> tuple[Any, dict[str, Tensor], bool]:
+def _vae_in_folder(folder: Path, scale_factor: float) -> tuple[Any, Source]:
     from diffusers import AutoencoderKL
 
     part = open_folder_part(folder)
@@ -209,42 +248,69 @@ def _vae_in_folder(folder: Path, scale_factor: float) -> tuple[Any, dict[str, Te
         raise SpoError(f'"{folder}" holds a {kind}, not a Stable Diffusion VAE (AutoencoderKL, 4 latent channels)')
     with torch.device("meta"):
         vae = AutoencoderKL.from_config({**_public(part), "scaling_factor": scale_factor})
-    old_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    tensors = {}
-    for name, tensor in _folder_tensors(part).items():
-        *before, layer, leaf = name.split(".")
-        tensors[".".join([*before, old_names.get(layer, layer), leaf])] = tensor
-    return vae, tensors, part.config.get("force_upcast") is False
+    new_names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+    def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        converted = {}
+        for name, tensor in tensors.items():
+            *before, layer, leaf = name.split(".")
+            converted[".".join([*before, new_names.get(layer, layer), leaf])] = tensor
+        return converted
+
+    return vae, Source(part.files, "", convert)
 
 
-def _load_text_encoder(
-    info: CheckpointInfo, file: TensorFile | None, number: int, device: torch.device, dtype: torch.dtype
-) -> nn.Module:
+def _text_encoders_later(info: CheckpointInfo, device: torch.device, dtype: torch.dtype) -> Callable[[], TextEncoders]:
+    """What reads the text encoders; that they are complete is checked now."""
+    for number in range(len(info.text_encoders)):
+        _empty_text_encoder(info, number)
+
+    def read() -> TextEncoders:
+        networks = []
+        for number in range(len(info.text_encoders)):
+            network, source = _empty_text_encoder(info, number)
+            source.fill(network, device, dtype)
+            networks.append(ready(network, device))
+        return TextEncoders(info.architecture, networks, device)
+
+    return read
+
+
+def _empty_text_encoder(info: CheckpointInfo, number: int) -> tuple[Any, Source]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     shape = info.text_encoders[number]
     with torch.device("meta"):
         config = CLIPTextConfig(**_text_config(shape))
-        encoder = CLIPTextModelWithProjection(config) if shape.projection else CLIPTextModel(config)
-    if file is None:
+        network: Any = CLIPTextModelWithProjection(config) if shape.projection else CLIPTextModel(config)
+    # transformers 5 has no `text_model.` in CLIPTextModel, but in CLIPTextModelWithProjection
+    outer = "text_model." if any(name.startswith("text_model.") for name in network.state_dict()) else ""
+
+    def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name if name == "text_projection.weight" else outer + name.removeprefix("text_model."): tensor
+            for name, tensor in tensors.items()
+        }
+
+    if info.is_folder:
         folder = info.path / ("text_encoder" if number == 0 else "text_encoder_2")
-        tensors = _folder_tensors(open_folder_part(folder))
+        source = Source(open_folder_part(folder).files, "", renamed)
     elif shape.kind == "clip":
+        file = open_tensor_file(info.path)
         prefix = clip_prefix(file, info.architecture)
-        names = [name for name in file.tensors if name.startswith(prefix)]
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in read_tensors(file, names).items()}
+        source = Source(
+            [file], prefix, lambda tensors: renamed({n.removeprefix(prefix): t for n, t in tensors.items()})
+        )
     else:
         from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
-        names = [name for name in file.tensors if name.startswith(OPEN_CLIP_PREFIX)]
-        tensors = convert_open_clip_checkpoint(encoder, read_tensors(file, names), prefix=OPEN_CLIP_PREFIX)
-    # transformers 5 has no `text_model.` in CLIPTextModel, but in CLIPTextModelWithProjection
-    outer = "text_model." if any(name.startswith("text_model.") for name in encoder.state_dict()) else ""
-    named = {
-        name if name == "text_projection.weight" else outer + name.removeprefix("text_model."): tensor
-        for name, tensor in tensors.items()
-    }
-    return _fill(encoder, named, device, dtype, f"text encoder {number + 1} in {info.path.name}")
+        source = Source(
+            [open_tensor_file(info.path)],
+            OPEN_CLIP_PREFIX,
+            lambda tensors: renamed(convert_open_clip_checkpoint(network, tensors, prefix=OPEN_CLIP_PREFIX)),
+        )
+    source.check(network, f"text encoder {number + 1} in {info.path.name}")
+    return network, source
 
 
 def _text_config(shape: TextEncoderShape) -> dict[str, Any]:
@@ -266,25 +332,3 @@ def _text_config(shape: TextEncoderShape) -> dict[str, Any]:
 def _public(part: FolderPart) -> dict[str, Any]:
     """The configuration without the entries that describe the file itself."""
     return {name: value for name, value in part.config.items() if not name.startswith("_")}
-
-
-def _folder_tensors(part: FolderPart) -> dict[str, Tensor]:
-    return {name: tensor for file in part.files for name, tensor in read_tensors(file, file.tensors).items()}
-
-
-def _fill(network: Any, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype, what: str) -> Any:
-    """The network, built on the meta device, with `tensors` as its weights: on `device` in `dtype`, frozen, eval."""
-    wanted = {name: tensor for name, tensor in network.state_dict().items() if not name.endswith("position_ids")}
-    missing = [name for name in wanted if name not in tensors]
-    if missing:
-        raise SpoError(f"the {what} is incomplete: {len(missing)} tensors are missing, such as {missing[0]}")
-    for name, tensor in wanted.items():
-        if tensor.shape != tensors[name].shape:
-            found, expected = list(tensors[name].shape), list(tensor.shape)
-            raise SpoError(f"the {what} does not fit: {name} has the shape {found} where {expected} is expected")
-    moved = {name: tensors.pop(name).to(device=device, dtype=dtype) for name in wanted}
-    network.load_state_dict(moved, strict=False, assign=True)
-    for module in network.modules():
-        if isinstance(getattr(module, "position_ids", None), Tensor):  # 0, 1, 2, ...: not a weight
-            module.position_ids = torch.arange(module.position_ids.shape[-1], device=device)[None]
-    return network.requires_grad_(False).eval()

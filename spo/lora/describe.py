@@ -75,7 +75,7 @@ def describe(file: LoraFile) -> LoraDescription:
         text_encoder_layers=len(file.text_encoder_layers),
         norm=math.hypot(*norms),
         zero_layers=sum(norm == 0 for norm in norms),
-        facts=_told(file.metadata),
+        facts=_stated(file.metadata),
     )
 
 
@@ -89,7 +89,7 @@ def _counted(values: Mapping[int, int] | Mapping[float, int]) -> str:
     return ", ".join(f"{value:g} ({count} layers)" for value, count in sorted(values.items()))
 
 
-def _told(metadata: Mapping[str, str]) -> dict[str, str]:
+def _stated(metadata: Mapping[str, str]) -> dict[str, str]:
     labels = {
         "prompt alias": "ss_output_name",
         "checkpoint": "ss_sd_model_name",

@@ -92,14 +92,14 @@ def modules_by_file_name(network: Iterable[str], naming: Style | str, architectu
     Raises SpoError for a name that is not of that style, or for two modules that a file could not tell apart.
     """
     names = tuple(network)
-    found: dict[str, str] = {}
+    modules: dict[str, str] = {}
     for module in names:
         if _style(module) is None:
             continue
         key = file_name(module, naming, architecture, names)
-        if found.setdefault(key, module) != module:
-            raise SpoError(f'A LoRA file would give "{module}" and "{found[key]}" the same name.')
-    return found
+        if modules.setdefault(key, module) != module:
+            raise SpoError(f'A LoRA file would give "{module}" and "{modules[key]}" the same name.')
+    return modules
 
 
 def canonical_file_name(name: str, architecture: str) -> str | None:
@@ -110,8 +110,8 @@ def canonical_file_name(name: str, architecture: str) -> str | None:
     if not name.startswith(FILE_PREFIX):
         return None
     inner = name.removeprefix(FILE_PREFIX)
-    found = _to_diffusers(inner, "_") if FILE_STYLE[architecture] == "diffusers" else _to_ldm(inner, "_", 2)
-    return None if found is None else FILE_PREFIX + found
+    canonical = _to_diffusers(inner, "_") if FILE_STYLE[architecture] == "diffusers" else _to_ldm(inner, "_", 2)
+    return None if canonical is None else FILE_PREFIX + canonical
 
 
 def file_name_style(name: str) -> Style | None:
@@ -119,10 +119,10 @@ def file_name_style(name: str) -> Style | None:
     return _style(name.removeprefix(FILE_PREFIX)) if name.startswith(FILE_PREFIX) else None
 
 
-def _known(module: str, found: str | None) -> str:
-    if found is None:
+def _known(module: str, translated: str | None) -> str:
+    if translated is None:
         raise SpoError(f'"{module}" is not a module of a Stable Diffusion UNet in diffusers or ldm naming.')
-    return found
+    return translated
 
 
 def _style(name: str) -> Style | None:

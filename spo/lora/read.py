@@ -160,18 +160,18 @@ def _default_alpha(file: TensorFile) -> Callable[[str, int], float]:
         if not config and any(name.startswith("base_model.model.") for name in file.tensors) and beside.is_file():
             config = beside.read_text(encoding="utf-8")
         settings = json.loads(config) if config else {}
-        found = {
+        values = {
             key: settings.get(f"unet.{key}", settings.get(key)) for key in ("lora_alpha", "alpha_pattern", "use_rslora")
         }
-        alpha = None if found["lora_alpha"] is None else float(found["lora_alpha"])
-        patterns = {key.removeprefix("^"): float(value) for key, value in (found["alpha_pattern"] or {}).items()}
+        alpha = None if values["lora_alpha"] is None else float(values["lora_alpha"])
+        patterns = {key.removeprefix("^"): float(value) for key, value in (values["alpha_pattern"] or {}).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise SpoError(f'"{file.path.name}" comes with settings of peft that make no sense: {error}.') from error
 
     def default(module: str, rank: int) -> float:
         own = [value for ending, value in patterns.items() if f".{module}".endswith(f".{ending}")]
         value = own[0] if own else rank if alpha is None else alpha
-        return value * math.sqrt(rank) if found["use_rslora"] else float(value)
+        return value * math.sqrt(rank) if values["use_rslora"] else float(value)
 
     return default
 
@@ -189,21 +189,21 @@ _SMALLEST_WIDTH = 320  # of a real UNet; below it is a test's, whose text featur
 
 def _architecture(file: TensorFile, unet: Mapping[str, _Entry], text: Iterable[str]) -> str:
     """The strongest evidence first: widths of a real network, metadata, text encoders, places of attention, style."""
-    found = (
+    architecture = (
         _by_widths(file, unet)
         or _by_metadata(file.metadata)
         or ("sdxl" if any(re.match(r"lora_te[12]_|text_encoder_2", name) for name in text) else None)
         or _by_places(unet)
         or _by_style(entry.module for entry in unet.values())
     )
-    if found is None:
+    if architecture is None:
         raise SpoError(
             f'"{file.path.name}" does not tell whether it is for Stable Diffusion 1.5 or SDXL: '
             f"its {len(unet)} layers fit both, and it has no metadata."
         )
-    if found in _ELSEWHERE:
-        _refuse(file.path, _ELSEWHERE[found])
-    return found
+    if architecture in _ELSEWHERE:
+        _refuse(file.path, _ELSEWHERE[architecture])
+    return architecture
 
 
 def _by_widths(file: TensorFile, unet: Mapping[str, _Entry]) -> str | None:

@@ -128,16 +128,16 @@ def _verify(path: Path, temporary: Path, tensors: Mapping[str, Tensor], metadata
     """SpoError unless the file at `temporary` holds exactly these tensors and this metadata."""
     try:
         file = open_tensor_file(temporary)
-        found = read_tensors(file, file.tensors)
+        copies = read_tensors(file, file.tensors)
     except SpoError as error:
         raise SpoError(f'"{path.name}" was not saved, what was written cannot be read back: {error}') from error
     wrong = [
         name
-        for name in {**tensors, **found}
+        for name in {**tensors, **copies}
         if name not in tensors
-        or name not in found
-        or (found[name].shape, found[name].dtype) != (tensors[name].shape, tensors[name].dtype)
-        or not torch.equal(found[name], tensors[name])
+        or name not in copies
+        or (copies[name].shape, copies[name].dtype) != (tensors[name].shape, tensors[name].dtype)
+        or not torch.equal(copies[name], tensors[name])
     ]
     wrong += [key for key in {**metadata, **file.metadata} if metadata.get(key) != file.metadata.get(key)]
     if wrong:

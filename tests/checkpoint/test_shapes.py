@@ -62,16 +62,17 @@ def test_full_size_sdxl(tmp_path: Path) -> None:
 
 def test_full_size_networks_are_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device: every tensor of the file finds its place in a network of the published size."""
-    from spo.headless import load
+    from spo.headless import weights
     from spo.headless.load import load_model
 
     def unread(file: TensorFile, names: Iterable[str]) -> dict[str, torch.Tensor]:
         return {name: torch.empty(file.tensors[name].shape, dtype=torch.float16, device="meta") for name in names}
 
-    monkeypatch.setattr(load, "read_tensors", unread)
+    monkeypatch.setattr(weights, "read_tensors", unread)
     for architecture in ("sd15", "sdxl"):
         path = craft(tmp_path / f"{architecture}.safetensors", full_size_shapes(architecture))
         model = load_model(path, device="meta", dtype=torch.float16, vae_dtype=torch.float16)
+        assert model.text_encoders.networks and model.vae.use("encoder") is None
         assert model.memory_bytes() == pytest.approx(path.stat().st_size, rel=0.001)
     assert [b.attentions[0].transformer_blocks[0].attn1.heads for b in model.unet.down_blocks[1:]] == [10, 20]
     assert len(model.unet.mid_block.attentions[0].transformer_blocks) == 10

@@ -14,7 +14,7 @@ from spo.checkpoint.inspect import inspect_checkpoint
 from spo.demo.judge import HERE, Judge, held_out, taste_win_rate
 from spo.demo.rule import colourfulness
 from spo.demo.run import CHECKPOINT, demo_config, run_demo
-from spo.headless.compare import adapter_from_file
+from spo.headless.compare import adapter_from_file, pictures
 from spo.headless.host import load_host
 from spo.preference.load import load_preference
 from spo.progress import Watcher
@@ -79,16 +79,11 @@ def test_a_short_training_raises_the_true_taste(tmp_path):
     told, seeds = (values[:32] for values in held_out())
     host.prepare(told)
     judge = Judge()
-    base = judge.judge(host.sample(told, seeds), told)
-    train(
-        host,
-        config,
-        read_prompts(config.prompt.prompts),
-        load_preference(config, host.device, host.architecture),
-    )
+    base = judge.judge(pictures(host, told, seeds, eta=config.rollout.eta), told)
+    train(host, config, read_prompts(config.prompt.prompts), load_preference(config, host.device, host.architecture))
     host.prepare(told)
     adapter_from_file(host, Path(config.run.output))
-    tuned = judge.judge(host.sample(told, seeds), told)
+    tuned = judge.judge(pictures(host, told, seeds, eta=config.rollout.eta), told)
     assert float(tuned.taste.mean()) > float(base.taste.mean())
     assert taste_win_rate(tuned, base).rate > 0.6
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from spo.checkpoint.inspect import inspect_checkpoint
 from spo.errors import SpoError
+from spo.headless import weights
 from spo.headless.model import DiffusersModel
 from tests.headless_models import (
     PROMPTS,
@@ -34,7 +35,8 @@ from tests.tiny_checkpoints import (
 
 def test_networks_are_frozen_and_eval(sd15: DiffusersModel, sdxl: DiffusersModel) -> None:
     for model in (sd15, sdxl):
-        for network in (model.unet, model.vae, *model._text_encoders):
+        model.vae.use("encoder")
+        for network in (model.unet, model.vae.network, *model.text_encoders.networks):
             assert not network.training and not any(p.requires_grad for p in network.parameters())
             assert not any(t.is_meta for t in (*network.parameters(), *network.buffers()))
 
@@ -83,10 +85,10 @@ def test_sdxl_folder_and_old_vae_names(tmp_path: Path, sdxl: DiffusersModel) -> 
     assert_same_weights(model, tiny_sdxl())
     x, timesteps, conditioning = inputs(model)
     assert torch.equal(model.predict(x, timesteps, conditioning), sdxl.predict(*inputs(sdxl)))
-    assert torch.equal(model.decode(x), sdxl.decode(x))
+    assert torch.equal(model.decoder.decode(x), sdxl.decoder.decode(x))
     config = json.loads((path / "vae/config.json").read_text())
     (path / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
-    assert inspect_checkpoint(path).scale_factor == load(path).vae.config.scaling_factor == 0.5
+    assert inspect_checkpoint(path).scale_factor == load(path).vae.network.config.scaling_factor == 0.5
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +96,8 @@ def sd15_pipeline(sd15_path: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     from diffusers import StableDiffusionPipeline
 
     config = write_diffusers_folder(tmp_path_factory.mktemp("c") / "model", tiny_sd15())
-    for weights in config.rglob("*.safetensors"):
-        weights.unlink()
+    for weights_path in config.rglob("*.safetensors"):
+        weights_path.unlink()
     pipeline = StableDiffusionPipeline.from_single_file(
         str(sd15_path), config=str(config), local_files_only=True, safety_checker=None, torch_dtype=torch.float32
     )
@@ -111,16 +113,16 @@ def test_sd15_against_diffusers_single_file_loader(sd15: DiffusersModel, sd15_pi
     output = sd15_pipeline.unet(x, timesteps, expected).sample
     assert torch.equal(sd15.predict(x, timesteps, conditioning), output)
     latents = sd15_pipeline.vae.encode(torch.ones(1, 3, 64, 64)).latent_dist.mean * 0.18215
-    assert torch.equal(sd15.encode(torch.ones(1, 3, 64, 64)), latents)
+    assert torch.equal(sd15.vae.encode(torch.ones(1, 3, 64, 64)), latents)
     assert torch.allclose(sd15.alphas_cumprod, sd15_pipeline.scheduler.alphas_cumprod, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("clip_skip", [2, 3])
 def test_clip_skip_against_diffusers(sd15: DiffusersModel, sd15_pipeline: Any, clip_skip: int) -> None:
     expected, _ = sd15_pipeline.encode_prompt(PROMPTS, "cpu", 1, False, clip_skip=clip_skip - 1)  # they count from 0
-    features = sd15.encode_prompts(PROMPTS, clip_skip=clip_skip, **SIZE).cross_attention
+    features = sd15.text_encoders.encode(PROMPTS, clip_skip=clip_skip, **SIZE).cross_attention
     assert torch.equal(features, expected)
-    assert not torch.equal(features, sd15.encode_prompts(PROMPTS, **SIZE).cross_attention)
+    assert not torch.equal(features, sd15.text_encoders.encode(PROMPTS, **SIZE).cross_attention)
 
 
 def test_text_encoder_heads_matter(tmp_path: Path) -> None:
@@ -130,10 +132,10 @@ def test_text_encoder_heads_matter(tmp_path: Path) -> None:
     ids[0, :3] = torch.tensor([49406, 320, 1125])
     expected = source.text_encoders[0](input_ids=ids).last_hidden_state
     prompt = ["a photo"]
-    wrong = load(path).encode_prompts(prompt, **SIZE).cross_attention
+    wrong = load(path).text_encoders.encode(prompt, **SIZE).cross_attention
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
     (tmp_path / "x.text_encoder_config.json").write_text(json.dumps(sizes))
-    right = load(path).encode_prompts(prompt, **SIZE).cross_attention
+    right = load(path).text_encoders.encode(prompt, **SIZE).cross_attention
     assert torch.equal(right, expected) and not torch.allclose(wrong, expected, atol=1e-3)
 
 
@@ -160,10 +162,10 @@ def test_vae_override(tmp_path: Path, sdxl_path: Path, kind: str) -> None:
     else:
         vae_path = write_diffusers_folder(tmp_path / "model", source) / ("vae" if kind == "folder" else "")
     model = load(sdxl_path, vae_path=vae_path, dtype=torch.bfloat16)
-    assert {p.dtype for p in model.vae.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.vae.network.decoder.parameters()} == {torch.float32}
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = source.vae.decode(latents / 0.13025).sample  # the checkpoint's scale factor
-    assert torch.equal(model.decode(latents), expected)
+    assert torch.equal(model.decoder.decode(latents), expected)
 
 
 def test_a_checkpoint_without_vae_takes_one(tmp_path: Path) -> None:
@@ -171,28 +173,17 @@ def test_a_checkpoint_without_vae_takes_one(tmp_path: Path) -> None:
     with pytest.raises(SpoError, match="holds no VAE: give one"):
         load(path)
     model = load(path, vae_path=write_vae(tmp_path / "vae.safetensors", other_vae()))
-    assert model.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 64, 64)
+    assert model.decoder.decode(torch.zeros(1, 4, 8, 8)).shape == (1, 3, 64, 64)
     path = write_tiny_sd15(tmp_path / "bare2.safetensors", leave_out=("cond_stage_model.",))
     with pytest.raises(SpoError, match="holds no text encoder"):
         load(path)
 
 
-def test_vae_precision(tmp_path: Path, sd15_path: Path) -> None:
-    def dtype_of(vae_path: Path | None, **options: Any) -> torch.dtype:
-        model = load(sd15_path, vae_path=vae_path, dtype=torch.bfloat16, **options)
-        (dtype,) = {p.dtype for p in model.vae.parameters()}
-        return dtype
-
-    assert dtype_of(None) == torch.float32
-    assert dtype_of(None, vae_dtype=torch.float16) == torch.float16
-    fixed = write_vae(tmp_path / "sdxl.vae.fp16-fix.safetensors", other_vae())
-    assert dtype_of(fixed) == torch.bfloat16
-    assert dtype_of(fixed, vae_dtype=torch.float32) == torch.float32
-    folder = write_diffusers_folder(tmp_path / "model", other_vae()) / "vae"
-    assert dtype_of(folder) == torch.float32
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"force_upcast": False}))
-    assert dtype_of(folder) == torch.bfloat16
+def test_vae_precision(sd15_path: Path) -> None:
+    """On a CPU float32 beside every precision of the UNet, unless it is asked for."""
+    assert load(sd15_path, dtype=torch.bfloat16).vae.dtype == torch.float32
+    model = load(sd15_path, dtype=torch.bfloat16, vae_dtype=torch.float16)
+    assert {p.dtype for p in model.vae.network.decoder.parameters()} == {torch.float16}
 
 
 def test_wrong_vaes(tmp_path: Path, sd15_path: Path) -> None:
@@ -278,6 +269,37 @@ def test_damaged_networks(tmp_path: Path) -> None:
         load(path)
 
 
-def test_memory_bytes(sdxl: DiffusersModel) -> None:
-    info = sdxl.info
-    assert sdxl.memory_bytes() == pytest.approx(4 * info.parameters, rel=0.01)
+def test_memory_bytes(sdxl_path: Path) -> None:
+    """The text encoders and the VAE's encoder are not in memory before they are needed."""
+    model = load(sdxl_path)
+    decoder = sum(tensor.numel() for name, tensor in model.vae.network.named_parameters() if not tensor.is_meta)
+    assert model.memory_bytes() == pytest.approx(4 * (model.info.unet_parameters + decoder), rel=0.01)
+    assert decoder < 0.7 * model.info.vae_parameters
+    model.text_encoders, model.vae.use("encoder")
+    assert model.memory_bytes() == pytest.approx(4 * model.info.parameters, rel=0.01)
+
+
+def test_weights_share_nothing_with_the_file(tmp_path: Path, sd15: DiffusersModel) -> None:
+    """Portion after portion is mapped and copied: the file may be replaced while its network is in use."""
+    path = write_tiny_sd15(tmp_path / "x.safetensors", dtype=torch.float32)
+    model = load(path)
+    path.write_bytes(bytes(path.stat().st_size))
+    expected = sd15.unet.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.unet.state_dict().items())
+
+
+def test_small_portions_give_the_same_network(
+    sdxl_path: Path, sdxl: DiffusersModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "PORTION_BYTES", 20_000)
+    model = load(sdxl_path)
+    assert_same_weights(model, tiny_sdxl())
+
+
+def test_memory_that_runs_out_is_said(sd15_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr(weights.Source, "fill", fail)
+    with pytest.raises(SpoError, match="Out of memory while tiny.safetensors was loaded onto cpu: choose precision"):
+        load(sd15_path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ def test_sd15_equals_its_source(sd15: DiffusersModel) -> None:
     expected = source.unet(x, timesteps, conditioning.cross_attention).sample
     assert torch.equal(sd15.predict(x, timesteps, conditioning), expected)
     pictures = source.vae.decode(x / 0.18215).sample
-    assert torch.equal(sd15.decode(x), pictures) and pictures.std() > 0.1
+    assert torch.equal(sd15.decoder.decode(x), pictures) and pictures.std() > 0.1
     assert conditioning.pooled is None and conditioning.size_ids is None
 
 
@@ -39,7 +38,7 @@ def test_sdxl_equals_its_source(sdxl: DiffusersModel) -> None:
     added = {"text_embeds": conditioning.pooled, "time_ids": conditioning.size_ids}
     expected = source.unet(x, timesteps, conditioning.cross_attention, added_cond_kwargs=added).sample
     assert torch.equal(sdxl.predict(x, timesteps, conditioning), expected)
-    assert torch.equal(sdxl.decode(x), source.vae.decode(x / 0.13025).sample)
+    assert torch.equal(sdxl.decoder.decode(x), source.vae.decode(x / 0.13025).sample)
 
 
 def test_outputs_depend_on_every_condition(sdxl: DiffusersModel) -> None:
@@ -79,46 +78,14 @@ def test_low_precision_networks_keep_the_callers_dtype(sd15: DiffusersModel, sdx
     for full in (sd15, sdxl):
         model = load(full.info.path, dtype=torch.bfloat16)
         assert {p.dtype for p in model.unet.parameters()} == {torch.bfloat16}
-        assert {p.dtype for p in model.vae.parameters()} == {torch.float32}
+        assert {p.dtype for p in model.vae.network.decoder.parameters()} == {torch.float32}
         x, timesteps, conditioning = inputs(model)
         assert conditioning.cross_attention.dtype == torch.bfloat16
         assert conditioning.size_ids is None or conditioning.size_ids.dtype == torch.float32
         output, expected = model.predict(x, timesteps, conditioning), full.predict(*inputs(full))
-        assert output.dtype == torch.float32 and model.decode(x.bfloat16()).dtype == torch.float32
+        assert output.dtype == torch.float32 and model.decoder.decode(x.bfloat16()).dtype == torch.float32
         assert (output - expected).abs().mean() < 0.05 * expected.abs().mean()
         assert model.memory_bytes() < full.memory_bytes()
-
-
-def test_decode_in_batches_and_tiles(sd15: DiffusersModel) -> None:
-    latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    pictures = sd15.decode(latents, decode_batch=2)
-    assert pictures.shape == (5, 3, 64, 64) and pictures.abs().max() > 1  # not clamped
-    assert torch.allclose(pictures, sd15.decode(latents, decode_batch=5), rtol=1e-3, atol=1e-3)
-    sizes: list[int] = []
-    handle = sd15.vae.post_quant_conv.register_forward_hook(lambda m, args, output: sizes.append(args[0].shape[-1]))
-    wide = torch.randn(1, 4, 8, 96, generator=torch.Generator().manual_seed(1))
-    tiled, whole = sd15.decode(wide, tiled=True), sd15.decode(wide)
-    handle.remove()
-    assert max(sizes[:-1]) == 64 and sizes[-1] == 96 and len(sizes) > 2  # 512 px a tile, then all at once
-    assert tiled.shape == whole.shape == (1, 3, 64, 768)
-    assert (tiled - whole).abs().mean() < 0.2 * whole.abs().mean()
-
-
-def test_encode(sd15: DiffusersModel) -> None:
-    pixels = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    distribution = tiny_sd15().vae.encode(pixels).latent_dist
-    assert torch.allclose(sd15.encode(pixels, encode_batch=2), distribution.mean * 0.18215, atol=1e-6)
-    expected = (distribution.mean + distribution.std * noise) * 0.18215
-    assert torch.allclose(sd15.encode(pixels, noise=noise), expected, atol=1e-6)
-
-
-def test_nan_from_a_float16_vae_is_an_error(sd15_path: Path) -> None:
-    model = load(sd15_path, vae_dtype=torch.float16)
-    nothing = SimpleNamespace(sample=torch.full((1, 3, 16, 16), float("nan")))
-    model.vae.decode = lambda latents: nothing  # not every torch has float16 convolutions on the CPU
-    with pytest.raises(SpoError, match="NaN in float16"):
-        model.decode(torch.zeros(1, 4, 2, 2))
 
 
 def test_gradient_checkpointing(sd15_path: Path, sdxl_path: Path) -> None:
