@@ -63,7 +63,8 @@ from spo.report.grids import grid
 from spo.report.win_rate import win_rate
 from spo.rng import generator, stable_seed
 from spo.runs.layout import RunFiles
-from spo.training.loop import rollout_settings, train
+from spo.training.host import rollout_settings
+from spo.training.loop import train
 from spo.training.vote_pairs import make_pairs
 
 TASTES = ("colourful", "grey", "large")

@@ -64,6 +64,7 @@ class ModelConfig:
     rest_on_cpu: bool = _setting(
         False, "the preference model waits in main memory and comes to the GPU for a verdict only: less of its memory"
     )
+    compile: bool = _setting(False, "run the network through torch.compile: minutes to begin with, faster afterwards")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class RolloutConfig:
     threshold: float = _setting(
         0.3, "keep a pair when best and worst differ by more, as softmax probabilities", low=0, high=1
     )
+    prompts_per_call: int = _setting(10, "pictures sampled at a time, of a rollout's; 0: all", low=0, high=4096)
     candidates_per_call: int = _setting(0, "candidates of a picture in one network call; 0: all", low=0, high=64)
     decode_batch: int = _setting(4, "latents decoded at a time", low=1, high=256)
 
@@ -140,10 +142,11 @@ class LoraConfig:
 class OptimizerConfig:
     epochs: int = _setting(10, "passes over the prompts; ignored when steps is given", low=1, high=100_000)
     steps: int = _setting(0, "optimizer updates; 0: by epochs", low=0, high=100_000_000)
-    prompts_per_batch: int = _setting(10, "pictures of one rollout", low=1, high=4096)
+    prompts_per_batch: int = _setting(40, "pictures of one rollout", low=1, high=4096)
     pairs_per_update: int = _setting(10, "pairs of one gradient", low=1, high=4096)
     pairs_per_call: int = _setting(0, "pairs in one network call; 0: all of an update", low=0, high=4096)
-    accumulation: int = _setting(1, "gradients summed for one optimizer update", low=1, high=4096)
+    accumulation: int = _setting(4, "gradients averaged for one optimizer update", low=1, high=4096)
+    carry_pairs: bool = _setting(True, "pairs that are too few for an update wait for the next rollout's")
     optimizer: str = _setting("adamw", "adamw8bit needs bitsandbytes", "adamw", "adamw8bit")
     learning_rate: float = _setting(6e-5, "peak learning rate", low=0, high=10)
     schedule: str = _setting("constant", "of the learning rate", "constant", "cosine", "linear")
@@ -152,7 +155,7 @@ class OptimizerConfig:
     beta2: float = _setting(0.999, "AdamW", low=0, high=0.999999)
     epsilon: float = _setting(1e-8, "AdamW", low=0, high=1)
     weight_decay: float = _setting(1e-4, "AdamW", low=0, high=10)
-    clip_norm: float = _setting(1.0, "clip the gradient's norm; 0: never", low=0, high=1e6)
+    clip_norm: float = _setting(0.0, "clip the gradient's norm; 0: never", low=0, high=1e6)
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,7 @@ class RunConfig:
     sample_seed: int = _setting(1, "seed of the first sample, fixed", low=0, high=2**63 - 1)
     save_precision: str = _setting("float16", "of the LoRA file", "float16", "bfloat16", "float32")
     replace: bool = _setting(False, "replace an existing LoRA file and its run")
+    allow_other_preference: bool = _setting(False, "resume with a preference model other than the run's own")
 
 
 @dataclass(frozen=True)
@@ -206,7 +210,9 @@ class Setting:
     high: float | None
 
 
-# architecture -> the official settings (paper.md, "Official settings"); those of SD1.5 are the defaults above
+# Architecture -> the settings of the published runs; those of SD1.5 are the defaults above. Both ran on 4 GPUs, whose
+# rollouts and gradients stand here one after the other: 40 prompts a rollout and 4 gradients of 10 pairs an update for
+# SD1.5, 8 prompts and 2 x 4 gradients of 2 pairs for SDXL.
 PRESETS: dict[str, dict[str, Any]] = {
     "sd15": {},
     "sdxl": {
@@ -215,9 +221,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "threshold": 0.4,
         "rank": 64,
         "learning_rate": 1e-5,
-        "prompts_per_batch": 2,
+        "prompts_per_batch": 8,
+        "prompts_per_call": 2,
         "pairs_per_update": 2,
-        "accumulation": 2,
+        "accumulation": 8,
     },
 }
 NATIVE_SIZE_PX = {"sd15": 512, "sdxl": 1024}

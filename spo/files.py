@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from spo.errors import SpoError
+
+PATIENCE_S = (0.1, 0.5, 2.0)  # between tries to write a file that something else holds
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -28,6 +31,27 @@ def size_text(size_bytes: int) -> str:
         if size_bytes >= unit:
             return f"{size_bytes / unit:.2f} {name}"
     return f"{size_bytes / 1e3:.0f} kB"
+
+
+def write_patiently(write: Callable[[], object], path: Path, say: Callable[[str], None]) -> bool:
+    """`write()`, which writes `path`, tried again for some seconds while the system refuses: a virus scanner or an open
+    spreadsheet lets go of a file soon. Then it is said, and False: the work that is to be saved is worth more.
+
+    An SpoError that the system's refusal caused counts as one; others pass through.
+    """
+    for wait_s in (*PATIENCE_S, None):
+        try:
+            write()
+            return True
+        except (OSError, SpoError) as error:
+            refusal = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(refusal, OSError):
+                raise
+            if wait_s is None:
+                say(f'"{path}" cannot be written ({refusal.strerror or refusal}); going on without.')
+                return False
+        time.sleep(wait_s)
+    return False
 
 
 def exists_already(path: Path) -> SpoError:

@@ -1,7 +1,7 @@
 """Named groups of settings, for the tab, the API and `--preset`. What the user gives wins over a preset.
 
-The presets for small cards change how much is done at a time and the LoRA's size; pool, guidance and loss stay the
-paper's. Their memory is an estimate (spo.headless.plan), not measured on such cards.
+The presets for cards change memory only: how much is done at a time. Rank, rates and batches stay the paper's for the
+checkpoint's architecture, and so does what comes of a run.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ class Preset:
     values: Mapping[str, Any]
 
 
-_SMALL = {"gradient_checkpointing": True, "pairs_per_call": 1, "candidates_per_call": 1, "decode_batch": 1}
+_ONE_BY_ONE = {"gradient_checkpointing": True, "pairs_per_call": 1, "prompts_per_call": 1, "decode_batch": 1}
 
 _ALL = (
     Preset("paper-sd15", "Paper, SD1.5", "The settings of the paper for SD1.5.", "sd15", PRESETS["sd15"]),
     Preset("paper-sdxl", "Paper, SDXL", "The settings of the paper for SDXL.", "sdxl", PRESETS["sdxl"]),
-    Preset("8gb", "8 GB card", "One picture at a time, with gradient checkpointing.", "", _SMALL | {"rank": 4}),
+    Preset("8gb", "8 GB card", "One candidate at a time.", "", _ONE_BY_ONE | {"candidates_per_call": 1}),
+    Preset("12gb", "12 GB card", "One pool at a time.", "", _ONE_BY_ONE),
     Preset(
-        "12gb",
-        "12 GB card",
-        "Two at a time, with gradient checkpointing.",
+        "24gb",
+        "24 GB card",
+        "Two pools and two pairs at a time.",
         "",
-        _SMALL | {"pairs_per_call": 2, "candidates_per_call": 2, "decode_batch": 2, "rank": 8},
+        _ONE_BY_ONE | {"pairs_per_call": 2, "prompts_per_call": 2},
     ),
-    Preset("24gb", "24 GB card", "Pools in one call, five pairs at a time.", "", {"pairs_per_call": 5, "rank": 16}),
     Preset(
         "quick",
         "Quick look",
@@ -59,6 +59,9 @@ _ALL = (
             "threshold": 0.1,
             "prompts_per_batch": 10,
             "pairs_per_update": 20,
+            "accumulation": 1,
+            "carry_pairs": False,
+            "clip_norm": 1.0,
             "steps": 110,
             "save_every": 40,
             "sample_every": 40,

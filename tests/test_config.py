@@ -16,13 +16,14 @@ def test_the_papers_settings_are_the_presets():
     assert dataclasses.astuple(sd15.rollout)[:6] == (20, "ddim", 1.0, 5.0, 4, 0)
     assert (sd15.rollout.divert_start_step, sd15.rollout.threshold) == (4, 0.3)
     assert (sd15.lora.rank, sd15.lora.alpha, sd15.optimizer.learning_rate) == (4, 4.0, 6e-5)
-    assert (sd15.optimizer.prompts_per_batch, sd15.optimizer.pairs_per_update, sd15.optimizer.epochs) == (10, 10, 10)
+    assert (sd15.optimizer.prompts_per_batch, sd15.optimizer.epochs, sd15.optimizer.clip_norm) == (40, 10, 0)
+    assert (sd15.optimizer.pairs_per_update, sd15.optimizer.accumulation) == (10, 4)  # 4 GPUs
     assert (sd15.loss.beta, sd15.loss.ratio_clamp, sd15.optimizer.weight_decay) == (10.0, 0.1, 1e-4)
     assert (sd15.prompt.width, sd15.prompt.height) == (512, 512)
     assert (sdxl.rollout.candidates, sdxl.rollout.inner_steps, sdxl.rollout.threshold) == (2, 3, 0.4)
     assert (sdxl.lora.rank, sdxl.lora.alpha, sdxl.optimizer.learning_rate) == (64, 64.0, 1e-5)
     optimizer = sdxl.optimizer
-    assert (optimizer.prompts_per_batch, optimizer.pairs_per_update, optimizer.accumulation) == (2, 2, 2)
+    assert (optimizer.prompts_per_batch, optimizer.pairs_per_update, optimizer.accumulation) == (8, 2, 8)  # 4 GPUs
     assert (sdxl.prompt.width, sdxl.prompt.height) == (1024, 1024)
 
 

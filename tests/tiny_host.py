@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -11,14 +12,41 @@ from spo.algorithm.denoiser import Conditioning, GuidedDenoiser
 from spo.algorithm.diffusion import scaled_linear_alphas_cumprod
 from spo.algorithm.preference import Candidates
 from spo.algorithm.rollout import RolloutSettings, Scoring, sample_spo
-from spo.config import Config
+from spo.config import Config, build_config
 from spo.headless.host import repeat_conditioning
 from spo.lora.layer import LoraLayer
+from spo.lora.read import read_lora
 from spo.rng import SeededDraws, generator
-from spo.training.loop import ladder_of
+from spo.runs.layout import RunFiles
+from spo.training.host import ladder_of
 from tests.tiny_checkpoints import tiny_sd15
 
 WIDTH = 32
+
+
+PROMPTS = ["a fox", "a boat", "a pear"]
+
+
+def small(folder, **changes):
+    """A configuration for short runs of the tiny host into `folder`."""
+    values = {
+        "checkpoint": "tiny.safetensors",
+        "prompts": "prompts.txt",
+        "output": str(folder / "taste.safetensors"),
+        "width": 64,
+        "height": 64,
+        "sampling_steps": 4,
+        "divert_start_step": 1,
+        "candidates": 2,
+        "prompts_per_batch": 2,
+        "pairs_per_update": 2,
+        "accumulation": 1,
+        "learning_rate": 1e-3,
+        "steps": 5,
+        "save_every": 2,
+        "seed": 5,
+    }
+    return build_config({**values, **changes})
 
 
 class TinyHost:
@@ -72,7 +100,7 @@ class TinyHost:
             settings=settings,
             draws=draws,
             alphas_cumprod=self.alphas_cumprod,
-            scoring=None if preference is None else Scoring(preference, prompts, watch=watch),
+            scoring=None if preference is None else Scoring(preference, prompts, self.decode, watch),
             repeat=repeat_conditioning,
         )
 
@@ -110,3 +138,14 @@ def same_weights(first: Mapping[str, LoraLayer], second: Mapping[str, LoraLayer]
         and first[name].alpha == second[name].alpha
         for name in first
     )
+
+
+def rows_of(config):
+    """The rows of a run's metrics, as texts."""
+    with (RunFiles.of(config.run.output).metrics).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights_of(path):
+    """The layers of a LoRA file."""
+    return read_lora(path).layers

@@ -100,7 +100,7 @@ class GuidedDenoiser:
         from spo.algorithm.diffusion import denoised_from_output, network_input, timestep_of_sigma
 
         x_vp = network_input(x, sigma)
-        timesteps = timestep_of_sigma(sigma, self.alphas_cumprod).float()
+        timesteps = timestep_of_sigma(sigma, self.alphas_cumprod).float().to(x.device)
         if uncond is None or guidance_scale == 1:
             output = self.predict(x_vp, timesteps, cond).float()
         else:

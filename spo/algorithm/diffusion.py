@@ -39,17 +39,24 @@ def ancestral_step(sigma: Tensor | float, sigma_next: Tensor | float, eta: float
     up^2 = eta^2 * sigma_next^2 * (sigma^2 - sigma_next^2) / sigma^2 (DDIM's variance, eq. 16, times 1 + sigma_next^2);
     down^2 = sigma_next^2 - up^2. Any shapes that broadcast; computed in float64.
     """
-    current = torch.as_tensor(sigma, dtype=torch.float64)
-    target = torch.as_tensor(sigma_next, dtype=torch.float64, device=current.device)
+    current = precise(sigma)
+    target = precise(sigma_next).to(current.device)
     variance = target**2 * (current**2 - target**2).clamp(min=0) / current**2
     up = torch.minimum(target, eta * variance.sqrt())
     return AncestralStep((target**2 - up**2).clamp(min=0).sqrt(), up)
 
 
+def precise(value: Tensor | float) -> Tensor:
+    """In float64; on the CPU where the device has none (Apple's MPS)."""
+    if isinstance(value, Tensor):
+        return (value.cpu() if value.device.type == "mps" else value).double()
+    return torch.tensor(value, dtype=torch.float64)
+
+
 def per_image(value: Tensor, like: Tensor) -> Tensor:
     """[N] -> [N, 1, 1, 1] (a 0-dim tensor stays one) in the device and at least the float32 precision of `like`."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return value.to(device=like.device, dtype=dtype).reshape(value.shape + (1,) * (like.ndim - 1) * min(value.ndim, 1))
+    return value.to(dtype).to(like.device).reshape(value.shape + (1,) * (like.ndim - 1) * min(value.ndim, 1))
 
 
 def transition_mean(x: Tensor, denoised: Tensor, sigma: Tensor, down: Tensor) -> Tensor:
@@ -57,7 +64,7 @@ def transition_mean(x: Tensor, denoised: Tensor, sigma: Tensor, down: Tensor) ->
 
     x, denoised  [N, C, H, W] VE; sigma, down  [N] or 0-dim. Paper eq. 4 (mu_theta) in VE form.
     """
-    return denoised + (x - denoised) * per_image(down.double() / sigma.double(), x)
+    return denoised + (x - denoised) * per_image(precise(down) / precise(sigma), x)
 
 
 def transition_log_density(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -67,14 +74,15 @@ def transition_log_density(x_next: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     published code uses, and what beta = 10 and the ratio clamp were set for.
     """
     dtype = torch.float64 if x_next.dtype == torch.float64 else torch.float32
-    std = std.to(device=x_next.device, dtype=torch.float64)
+    std = precise(std)
     squared = (x_next.to(dtype) - mean.to(dtype)).square().flatten(1).mean(1)
-    return squared * (-0.5 / std**2).to(dtype) - (std.log() + 0.5 * math.log(2 * math.pi)).to(dtype)
+    weight, constant = -0.5 / std**2, std.log() + 0.5 * math.log(2 * math.pi)
+    return squared * weight.to(dtype).to(squared.device) - constant.to(dtype).to(squared.device)
 
 
 def network_input(x: Tensor, sigma: Tensor) -> Tensor:
     """What a Stable Diffusion network sees: x_vp = x / sqrt(1 + sigma^2). x [N, C, H, W], sigma [N]."""
-    return x * per_image((1 + sigma.double() ** 2).rsqrt(), x)
+    return x * per_image((1 + precise(sigma) ** 2).rsqrt(), x)
 
 
 def denoised_from_output(x: Tensor, output: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
@@ -85,7 +93,7 @@ def denoised_from_output(x: Tensor, output: Tensor, sigma: Tensor, prediction_ty
 
     Raises SpoError for any other prediction type.
     """
-    s = sigma.double()
+    s = precise(sigma)
     if prediction_type == "epsilon":
         return x - per_image(s, x) * output
     if prediction_type == "v_prediction":
@@ -101,7 +109,7 @@ def scaled_linear_alphas_cumprod(start: float = 0.00085, end: float = 0.012, cou
 
 def training_sigmas(alphas_cumprod: Tensor) -> Tensor:
     """[T] float64 noise level sqrt((1 - alpha_bar) / alpha_bar) of each training timestep, rising."""
-    alphas = alphas_cumprod.double().clamp(min=1e-12)
+    alphas = precise(alphas_cumprod).clamp(min=1e-12)
     return ((1 - alphas) / alphas).sqrt()
 
 
@@ -110,8 +118,8 @@ def timestep_of_sigma(sigma: Tensor, alphas_cumprod: Tensor) -> Tensor:
 
     On the levels of the training schedule itself the result is exactly an integer.
     """
-    logs = training_sigmas(alphas_cumprod).log().to(sigma.device)
-    wanted = sigma.double().clamp(min=1e-12).log()
+    wanted = precise(sigma).clamp(min=1e-12).log()
+    logs = training_sigmas(alphas_cumprod).log().to(wanted.device)
     above = torch.searchsorted(logs, wanted - 1e-6).clamp(1, len(logs) - 1)
     low, high = logs[above - 1], logs[above]
     timestep = above - 1 + ((wanted - low) / (high - low)).clamp(0, 1)

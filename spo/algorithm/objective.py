@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -87,3 +87,57 @@ def pair_loss(
         reference_win, reference_lose = log_densities(reference(x, sigma, image, step))
     policy_win, policy_lose = log_densities(policy(x, sigma, image, step))
     return loss(policy_win - reference_win, policy_lose - reference_lose)
+
+
+def backward_by_sides(
+    policy: PairDenoiser,
+    reference: PairDenoiser,
+    pairs: Pairs,
+    loss: RatioLoss,
+    backward: Callable[[Tensor], None],
+    eta: float = 1.0,
+) -> PairLoss:
+    """The gradient that `backward(pair_loss(...).loss)` gives, with the graph of one side in memory at a time.
+
+    The loss depends on a side's network only through its log ratio, so the chain rule splits it: the log ratios first,
+    without a graph; the loss's derivatives by them, a number for each pair and side; then each side again with a graph,
+    its log ratios weighed by those numbers. For pairs whose sides start from latents of their own (inner steps) that
+    halves the memory, for one more evaluation of each side.
+
+    backward  goes backward from the loss of each pair [P]: its sum or mean, scaled as one likes
+    """
+    win = _Side(pairs.x_win, pairs.next_win, pairs.sigma, pairs.sigma_next, pairs.image, pairs.step)
+    lose = replace(win, x=pairs.x_lose, x_next=pairs.next_lose)
+    with torch.no_grad():
+        references = [side.log_density(reference, eta) for side in (win, lose)]
+        ratios = [
+            side.log_density(policy, eta) - by_reference
+            for side, by_reference in zip((win, lose), references, strict=True)
+        ]
+    ratios = [ratio.requires_grad_() for ratio in ratios]
+    with torch.enable_grad():
+        result = loss(*ratios)
+        backward(result.loss)
+    for side, ratio in zip((win, lose), ratios, strict=True):
+        assert ratio.grad is not None
+        with torch.enable_grad():
+            (side.log_density(policy, eta) * ratio.grad).sum().backward()
+    return replace(result, loss=result.loss.detach())
+
+
+@dataclass(frozen=True)
+class _Side:
+    """The win or the lose sides of P pairs: transitions x -> x_next."""
+
+    x: Tensor
+    x_next: Tensor
+    sigma: Tensor
+    sigma_next: Tensor
+    image: Tensor
+    step: Tensor
+
+    def log_density(self, denoiser: PairDenoiser, eta: float) -> Tensor:
+        """[P] of each transition, by a network."""
+        noise = ancestral_step(self.sigma, self.sigma_next, eta)
+        denoised = denoiser(self.x, self.sigma, self.image, self.step)
+        return transition_log_density(self.x_next, transition_mean(self.x, denoised, self.sigma, noise.down), noise.up)

@@ -15,7 +15,7 @@ ends at 0) draws no pool, because its candidates would all be the same.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -34,7 +34,8 @@ class RolloutSettings:
     candidates         K, size of a pool, 2 or more (1: plain ancestral sampling, no pairs)
     inner_steps        ordinary steps that each candidate takes between its draw and its verdict (SDXL: 3)
     divert_start_step  first step that draws a pool
-    timestep_min, timestep_max  pools are drawn only on transitions out of a timestep within, both ends included
+    timestep_min, timestep_max  pools are drawn only on transitions out of a timestep within, both ends included, and
+                       no inner step goes below timestep_min
     threshold          keep a pair when its softmax gap is above
     eta                noise of a step, 1 in the paper; above 0
     candidates_per_call  at most this many candidates of each image in one network call; 0: all
@@ -115,6 +116,31 @@ class Rollout:
     pools: tuple[PoolScores, ...]
 
 
+def join_rollouts(parts: Sequence[Rollout]) -> Rollout:
+    """Rollouts of parts of a batch, of the same ladder and settings, as the one of the whole batch, image after image.
+
+    Pairs come in the order that the whole batch has them in: by step, then by image.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    counts = [len(part.x) for part in parts]
+    offsets = [sum(counts[:number]) for number in range(len(parts))]
+    moved = [
+        replace(part.pairs, image=part.pairs.image + offset)
+        for part, offset in zip(parts, offsets, strict=True)
+        if part.pairs is not None
+    ]
+    pairs = None
+    if moved:
+        pairs = Pairs.cat(moved)
+        pairs = pairs.rows((pairs.step * sum(counts) + pairs.image).argsort())
+    pools = tuple(
+        replace(same[0], scores=torch.cat([pool.scores for pool in same], 1), kept=torch.cat([p.kept for p in same]))
+        for same in zip(*(part.pools for part in parts), strict=True)
+    )
+    return Rollout(torch.cat([part.x for part in parts]), parts[0].sigma, pairs, pools)
+
+
 def pool_starts(sigmas: Tensor, alphas_cumprod: Tensor, settings: RolloutSettings) -> list[tuple[int, int]]:
     """(first step, last step) of every window, in order. A window is a pool's draw and its inner steps.
 
@@ -135,6 +161,8 @@ def pool_starts(sigmas: Tensor, alphas_cumprod: Tensor, settings: RolloutSetting
         inside = settings.timestep_min <= float(timesteps[step]) <= settings.timestep_max
         if inside and float(noise[step]) > 0:
             end = min(step + settings.inner_steps, last)
+            while end > step and float(timesteps[end]) < settings.timestep_min:
+                end -= 1
             windows.append((step, end))
             step = end + 1
         else:
@@ -174,7 +202,7 @@ def sample_spo(
     windows = dict(pool_starts(sigmas, alphas_cumprod, settings))
     if windows and scoring is None:
         raise SpoError("A pool of candidates needs a preference model; none was given.")
-    ladder = sigmas.double().cpu()
+    ladder = sigmas.cpu().double()
     walk = _Walk(
         model, dict(extra_args or {}), repeat, callback, draws, settings, sigmas, ladder,
         timestep_of_sigma(ladder, alphas_cumprod.cpu()).tolist(),

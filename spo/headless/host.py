@@ -18,7 +18,7 @@ from spo.headless.device import choose_device, choose_dtype
 from spo.headless.text import EncodedPrompts, count_chunks
 from spo.headless.vae import OUT_OF_MEMORY_ADVICE
 from spo.rng import SeededDraws
-from spo.training.loop import ladder_of
+from spo.training.host import ladder_of
 from spo.training.memory import retry_with_less
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class HeadlessHost:
         self.architecture: str = model.architecture
         self.prediction_type: str = model.prediction_type
         self.network: torch.nn.Module = model.unet
-        self.device = model.device
+        self.device, self.dtype = model.device, model.dtype
         self.checkpoint_name = model.info.path.name
         self.checkpoint_hash = "" if model.info.is_folder else short_hash(model.info.path)
         self.alphas_cumprod = model.alphas_cumprod.to(self.device)

@@ -16,7 +16,8 @@ from spo.errors import SpoError
 from spo.headless.device import choose_device, choose_dtype
 from spo.lora.adapter import modules_of_kinds
 from spo.preference.load import describe_preference
-from spo.training.loop import batches_per_epoch, ladder_of, rollout_settings
+from spo.training.host import ladder_of, rollout_settings
+from spo.training.schedule import batches_per_epoch
 
 if TYPE_CHECKING:
     from spo.checkpoint.info import CheckpointInfo

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from spo.errors import SpoError, nearest
 from spo.lora.layer import LoraLayer
@@ -92,9 +93,11 @@ class Adapter:
         network.requires_grad_(False)
         inject_adapter_in_model(config, network, NAME)
         self.layers: dict[str, PeftLayer] = {name: network.get_submodule(name) for name in self.names}  # type: ignore[misc]
+        for layer in self.layers.values():
+            layer.forward = partial(_forward, layer)  # type: ignore[attr-defined]
         self._scaling = {name: layer.scaling[NAME] for name, layer in self.layers.items()}
         self._initialise(start, seed)
-        self._reference = {key: value.clone() for key, value in self.tensors().items()} if start else None
+        self._reference = {key: value.clone() for key, value in self.state_dict().items()} if start else None
 
     def _initialise(self, start: Mapping[str, LoraLayer], seed: int) -> None:
         import torch
@@ -113,7 +116,7 @@ class Adapter:
         """The trained weights, down then up of each module, in the network's order."""
         return [weight for layer in self.layers.values() for weight in _weights(layer)]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """The trained weights themselves by name: `<module>.down`, `<module>.up`, detached, not copied."""
         return {
             f"{name}.{side}": weight.detach()
@@ -121,9 +124,9 @@ class Adapter:
             for side, weight in zip(("down", "up"), _weights(layer), strict=True)
         }
 
-    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy weights in, by the names of `tensors()`. Raises SpoError when names or shapes differ."""
-        mine = self.tensors()
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy weights in, by the names of `state_dict()`. Raises SpoError when names or shapes differ."""
+        mine = self.state_dict()
         if mine.keys() != tensors.keys() or any(mine[key].shape != tensors[key].shape for key in mine):
             raise SpoError(
                 "The saved LoRA weights do not fit this network's modules; resume with the run's own settings."
@@ -133,7 +136,7 @@ class Adapter:
 
     def weights(self) -> dict[str, LoraLayer]:
         """Module name -> its LoRA, on the CPU in float32, copies."""
-        tensors = {key: value.detach().float().cpu().clone() for key, value in self.tensors().items()}
+        tensors = {key: value.detach().float().cpu().clone() for key, value in self.state_dict().items()}
         return {
             name: LoraLayer(tensors[f"{name}.down"], tensors[f"{name}.up"], float(layer.lora_alpha[NAME]))
             for name, layer in self.layers.items()
@@ -185,6 +188,31 @@ class Adapter:
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(self._flags.get(name, parameter.requires_grad))
         self._originals, self.layers = {}, {}
+
+
+def _forward(layer: PeftLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """peft's forward, except that the adapter computes in the precision of its input.
+
+    In a half-precision network peft brings the input, and with it every product, to the adapter's float32: twice the
+    memory traffic of the whole network for a matrix of small rank. Here the small matrices are brought to the input's
+    precision instead, each time, and learn in float32 all the same (as under autocast). In float32 it is peft's own.
+    """
+    import torch
+    from torch.nn import functional
+
+    master_down, master_up = _weights(layer)
+    if layer.disable_adapters or x.dtype == master_down.dtype:
+        return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[attr-defined]
+    result = layer.base_layer(x, *args, **kwargs)
+    down, up = master_down.to(x.dtype), (master_up * layer.scaling[NAME]).to(x.dtype)
+    if down.ndim == 2:
+        inside, flat = functional.linear(x, down).flatten(0, -2), result.flatten(0, -2)
+        if torch.is_grad_enabled():
+            return torch.addmm(flat, inside, up.t()).view(result.shape)
+        return flat.addmm_(inside, up.t()).view(result.shape)  # into the layer's own output: nothing more to write
+    inner: Any = layer.lora_A[NAME]
+    inside = functional.conv2d(x, down, None, inner.stride, inner.padding, inner.dilation, inner.groups)
+    return result + functional.conv2d(inside, up)
 
 
 def _weights(layer: PeftLayer) -> tuple[nn.Parameter, nn.Parameter]:

@@ -16,6 +16,7 @@ import torch
 
 from spo.algorithm.preference import PreferenceModel
 from spo.checkpoint import kinds
+from spo.checkpoint.hashes import short_hash
 from spo.checkpoint.tensor_file import TensorFile
 from spo.config import Config
 from spo.errors import SpoError
@@ -148,6 +149,19 @@ def load_preference(
         architecture=architecture,
     )
     return SmallDecode(model, say) if config.preference.small_decode and model.needs_pixels else model
+
+
+def fingerprint(name_or_path: str) -> str:
+    """What tells one preference model from another, whatever its file is called: a hash of its weights; of a mix, those
+    of its models with their shares. "" where there is no such file. Raises SpoError for one that cannot be read.
+    """
+    if not name_or_path:
+        return ""
+    if is_mix(name_or_path):
+        parts = read_mix(name_or_path)
+        return " + ".join(f"{part.weight:g}/{part.deviation:g}*{fingerprint(part.file)}" for part in parts)
+    path = _path_of(name_or_path)
+    return short_hash(scores.weights_in(path)) if path.exists() else ""
 
 
 def kind_of(file: TensorFile) -> Kind:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from spo.errors import SpoError
-from spo.files import write_whole
+from spo.files import write_patiently, write_whole
 
 # column -> its title in curves, tables and the page; of `batch`, the number of the rollout, from 0
 TITLES = {
@@ -59,24 +59,28 @@ def _number(cell: object) -> float:
 class MetricsFile:
     """The writer: one row for each rollout and its training. Columns that appear later are added for all rows."""
 
-    def __init__(self, path: Path, keep_batches: int | None = None) -> None:
-        """Of an existing file the rows of the first `keep_batches` rollouts stay; a resumed run repeats the others."""
-        self.path = path
+    def __init__(self, path: Path, say: Callable[[str], None], keep_batches: int | None = None) -> None:
+        """Of an existing file the rows of the first `keep_batches` rollouts stay; a resumed run repeats the others.
+
+        say  told when the file cannot be written; the rows are kept, and written with the next one
+        """
+        self.path, self.say = path, say
         self.rows: list[dict[str, str]] = []
         if keep_batches is not None and path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["batch"]) < keep_batches]
-        self._write()
+        self.whole = write_patiently(self._write, path, say)
 
     def add(self, row: Mapping[str, object]) -> None:
         """Append a row; numbers are written in full precision."""
         self.rows.append({name: "" if value is None else str(value) for name, value in row.items()})
         known = _columns(self.rows[:-1])
-        if list(self.rows[-1]) == known:
-            with self.path.open("a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, known, lineterminator="\n").writerow(self.rows[-1])
-        else:
-            self._write()
+        append = self.whole and list(self.rows[-1]) == known
+        self.whole = write_patiently(self._append if append else self._write, self.path, self.say)
+
+    def _append(self) -> None:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, list(self.rows[-1]), lineterminator="\n").writerow(self.rows[-1])
 
     def _write(self) -> None:
         def write(temporary: Path) -> None:

@@ -1,97 +1,96 @@
-"""What a run needs to go on exactly where it stopped, in one file that is written whole or not at all."""
+"""What a run needs to go on exactly where it stopped, in one file of torch's own format, written whole or not at all.
+
+The file holds what plain reading (`weights_only`) takes: tensors, numbers, texts, and lists and dicts of these.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import pickle
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from spo.errors import SpoError
 from spo.files import write_whole
 
-if TYPE_CHECKING:
-    from torch import Tensor
+FORMAT = 2  # 1 was a safetensors file
 
-FORMAT = 1
+
+class Stateful(Protocol):
+    """Something that must survive a stop, as torch's optimizers do it."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What `load_state_dict` needs."""
+        ...
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Be again as when `state_dict` was called. Raises SpoError when the state does not fit."""
+        ...
 
 
 @dataclass(frozen=True)
 class RunState:
     """The state between two optimizer updates.
 
-    tensors  by name: `lora/...`, `optimizer/...`, `pending/...` (pairs of the current rollout not yet trained on)
-    facts    what JSON holds: position (epoch, batch, update), gradient scaler, statistics so far, configuration, ids
+    facts    plain values to compare with before anything is loaded: configuration, names, hashes
+    objects  name -> state_dict of each object that must survive
     """
 
-    tensors: Mapping[str, Tensor]
     facts: Mapping[str, Any]
+    objects: Mapping[str, Any]
+
+    def restore(self, objects: Mapping[str, Stateful]) -> None:
+        """Load each object's state."""
+        for name, thing in objects.items():
+            thing.load_state_dict(self.objects[name])
 
 
-def save_state(path: Path, state: RunState) -> None:
-    """Write `state` to `path`, whole or not at all; the former file stays until the new one is on disk."""
-    from safetensors.torch import save_file
+def save_state(path: Path, kind: str, facts: Mapping[str, Any], objects: Mapping[str, Stateful]) -> None:
+    """Write the state of `objects`, whole or not at all; the former file stays until the new one is on disk.
 
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.tensors.items()}
-    metadata = {"spo_state": json.dumps({"format": FORMAT, **state.facts})}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
-
-
-def load_state(path: Path) -> RunState:
-    """Read what `save_state` wrote, on the CPU. Raises SpoError for a missing, damaged or foreign file."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["spo_state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except FileNotFoundError as error:
-        raise SpoError(f'there is no run to resume: "{path}" does not exist.') from error
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise SpoError(
-            f'"{path}" is damaged or is not the state of a run ({error}); start anew with --replace.'
-        ) from error
-    if facts.get("format") != FORMAT:
-        raise SpoError(
-            f'"{path}" was written by another version (format {facts.get("format")}, this one reads {FORMAT}).'
-        )
-    return RunState(tensors, facts)
-
-
-def flatten(value: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """Take the tensors out of nested dicts and lists (an optimizer's state dict) into `tensors`; JSON remains.
-
-    Dicts become lists of [key, value], since JSON's keys are texts and an optimizer's are numbers. Undone by `restore`.
+    kind  what is trained; `load_state` wants the same
     """
     import torch
 
-    if isinstance(value, torch.Tensor):
-        tensors[prefix] = value
-        return {"tensor": prefix}
-    if isinstance(value, dict):
-        return {"items": [[key, flatten(entry, f"{prefix}/{key}", tensors)] for key, entry in value.items()]}
-    if isinstance(value, list | tuple):
-        entries = [flatten(entry, f"{prefix}/{index}", tensors) for index, entry in enumerate(value)]
-        return {"tuple": entries} if isinstance(value, tuple) else entries
-    return value
+    content = {
+        "spo_state": FORMAT,
+        "kind": kind,
+        "facts": dict(facts),
+        "objects": {name: thing.state_dict() for name, thing in objects.items()},
+    }
+    write_whole(path, lambda temporary: torch.save(content, temporary))
 
 
-def restore(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of `flatten`."""
-    if isinstance(value, list):
-        return [restore(entry, tensors) for entry in value]
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        return tensors[value["tensor"]]
-    if "tuple" in value:
-        return tuple(restore(entry, tensors) for entry in value["tuple"])
-    return {key: restore(entry, tensors) for key, entry in value["items"]}
+def load_state(path: Path, kind: str) -> RunState:
+    """Read what `save_state` wrote, on the CPU. Raises SpoError for a missing, damaged, foreign or older file, and for
+    the state of another kind of run.
+    """
+    import torch
 
-
-def keep_newest(paths: Sequence[Path], count: int) -> None:
-    """Delete all but the last `count` of `paths` (oldest first); 0 keeps all."""
-    if count:
-        for path in paths[:-count]:
-            path.unlink(missing_ok=True)
+    try:
+        with path.open("rb") as file:
+            old = file.read(9)[8:] == b"{"  # safetensors: eight bytes of length, then JSON
+        if old:
+            raise SpoError(
+                f'"{path}" was written by an earlier version of SPO, whose state this one does not read: finish that '
+                "run with the earlier version, or start anew with --replace."
+            )
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise SpoError(f'there is no run to resume: "{path}" does not exist.') from error
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise SpoError(
+            f'"{path}" is damaged or is not the state of a run ({reason}); start anew with --replace.'
+        ) from error
+    if not isinstance(content, dict) or "spo_state" not in content:
+        raise SpoError(f'"{path}" is not the state of a run; start anew with --replace.')
+    if content["spo_state"] != FORMAT:
+        raise SpoError(
+            f'"{path}" was written by another version (format {content["spo_state"]}, this one reads {FORMAT}).'
+        )
+    if content["kind"] != kind:
+        raise SpoError(f'"{path}" is the state of a run that trains a {content["kind"]}, not a {kind}.')
+    return RunState(content["facts"], content["objects"])

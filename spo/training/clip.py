@@ -14,8 +14,9 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from spo.algorithm.diffusion import training_sigmas
 from spo.algorithm.preference import Candidates, PreferenceModel
 from spo.checkpoint.tensor_file import TensorFile
 from spo.errors import SpoError
-from spo.files import exists_already
+from spo.files import exists_already, write_patiently
 from spo.preference.clip.loss import pair_label_loss
 from spo.preference.clip.pair_data import PairSource, PicturePair, fitted, is_held_out, picture_tensor
 from spo.preference.clip.scores import clip_tensors, is_plain_clip, weights_in
@@ -37,9 +38,12 @@ from spo.progress import Progress, Watcher
 from spo.rng import generator
 from spo.runs.layout import RunFiles
 from spo.runs.metrics import MetricsFile
-from spo.runs.state import RunState, flatten, load_state, restore, save_state
+from spo.runs.state import Stateful, load_state, save_state
 from spo.training.host import Host
+from spo.training.memory import halve_decode_batch, retry_with_less
+from spo.training.schedule import Position, learning_rate, seconds_left
 
+KIND = "step-aware CLIP"  # of run, in its state file
 MEASURED_TIMESTEPS = (0, 251, 501, 701, 951)
 # architecture -> what the paper used; the rest of the defaults is the same for both
 PRESETS: dict[str, dict[str, Any]] = {
@@ -225,12 +229,75 @@ def labels_by(model: PreferenceModel, pictures: Tensor, captions: Sequence[str],
     return torch.where((p0 - p1).abs() > gap, (p0 > p1).float(), 0.5).cpu()
 
 
-def learning_rate(settings: ClipTraining, step: int) -> float:
-    """Of update `step` (from 0): linear up over the warm-up, then linear down to zero at the end."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    rest = max(1, settings.steps - settings.warmup_steps)
-    return settings.learning_rate * max(0.0, (settings.steps - step) / rest)
+def rate_at(settings: ClipTraining, step: int) -> float:
+    """The learning rate of update `step`, from 0: linear up over the warm-up, then linear down to zero at the end."""
+    fraction = max(0, step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    return learning_rate(settings.learning_rate, "linear", settings.warmup_steps, step, min(1.0, fraction))
+
+
+# ---------------------------------------------------------------------------------------------- pairs, one by one
+
+
+class TrainingPairs:
+    """Epoch after epoch of a source's pairs without those of held-out prompts. epoch, row: of the next pair."""
+
+    def __init__(self, source: PairSource, settings: ClipTraining) -> None:
+        self.source, self.settings = source, settings
+        self.epoch, self.row = 0, 0
+        self._endless = self._epochs()
+
+    def take(self, count: int) -> list[PicturePair]:
+        """The next `count`. Raises SpoError when a whole epoch has none that can be trained on."""
+        return list(itertools.islice(self._endless, count))
+
+    def _epochs(self) -> Iterator[PicturePair]:
+        while True:
+            from_start, usable = self.row == 0, False
+            for pair in self.source.pairs(self.settings.seed, self.epoch, self.row):
+                self.row = pair.row + 1
+                if not is_held_out(pair.caption, self.settings.held_out_one_in):
+                    usable = True
+                    yield pair
+            if from_start and not usable:
+                raise SpoError(
+                    f"none of the {len(self.source)} pairs can be trained on: {self.source.skipped} are broken, and "
+                    f"the prompts of the rest are held out (held_out_one_in is {self.settings.held_out_one_in})."
+                )
+            self.epoch, self.row = self.epoch + 1, 0
+
+    def held_out(self) -> list[PicturePair]:
+        """The first measured_pairs pairs, as stored, of held-out prompts."""
+        if not self.settings.held_out_one_in:
+            return []
+        skipped = self.source.skipped  # what is looked over here counts in its epoch
+        pairs = self.source.pairs(self.settings.seed, -1)
+        ours = (pair for pair in pairs if is_held_out(pair.caption, self.settings.held_out_one_in))
+        found = [_smaller(pair, self.settings) for pair in itertools.islice(ours, self.settings.measured_pairs)]
+        self.source.skipped = skipped
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `runs.state.Stateful`."""
+        return {"epoch": self.epoch, "row": self.row, "skipped": self.source.skipped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `runs.state.Stateful`."""
+        self.epoch, self.row, self.source.skipped = state["epoch"], state["row"], state["skipped"]
+
+
+@dataclass
+class LastMeasurement:
+    """The newest accuracy, which a resumed run still has to write into its file."""
+
+    accuracy: tuple[Accuracy, ...] = ()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `runs.state.Stateful`."""
+        return {"accuracy": [asdict(entry) for entry in self.accuracy]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `runs.state.Stateful`."""
+        self.accuracy = tuple(Accuracy(**entry) for entry in state["accuracy"])
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -261,188 +328,131 @@ def train_clip(
     Ends early, with its state saved, when the watcher says so. Raises SpoError for an output that exists, for data
     without a usable pair, and for a loss that is not finite.
     """
-    return _Run(model, host, source, settings, watcher, labeller, resume).train()
+    # ---- May it begin, or go on? Nothing is touched before.
+    files = RunFiles.of(settings.output)
+    facts = _facts(settings, source, host)
+    saved = load_state(files.state, KIND) if resume else None
+    if saved is None:
+        check_output(settings)
+    else:
+        for name, value in saved.facts.items():
+            if facts.get(name) != value:
+                raise SpoError(f"the run to resume has {name} {value}, not {facts.get(name)}; give the same settings.")
 
+    # ---- Every object that must survive a stop stands in `survivors`.
+    model = _unfreeze(model.to(host.device), settings)
+    trained = [value for value in model.parameters() if value.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=settings.weight_decay)
+    position, pairs, measurement = Position(), TrainingPairs(source, settings), LastMeasurement()
+    survivors: dict[str, Stateful] = {
+        "model": model,
+        "optimizer": optimizer,
+        "position": position,
+        "pairs": pairs,
+        "measurement": measurement,
+    }
+    held_out = pairs.held_out()
+    if saved is not None:
+        saved.restore(survivors)
+    files.folder.mkdir(parents=True, exist_ok=True)
+    metrics = MetricsFile(files.metrics, watcher.log, keep_batches=position.step if resume else None)
+    measurements = MetricsFile(files.accuracy, watcher.log, keep_batches=position.step + 1 if resume else None)
+    began = time.monotonic() - position.seconds
 
-class _Run:
-    def __init__(
-        self,
-        model: StepAwareCLIP,
-        host: Host,
-        source: PairSource,
-        settings: ClipTraining,
-        watcher: Watcher,
-        labeller: PreferenceModel | None,
-        resume: bool,
-    ) -> None:
-        self.host, self.source, self.settings, self.watcher = host, source, settings, watcher
-        self.labeller = labeller
-        self.files = RunFiles.of(settings.output)
-        self.folder, self.state_path = self.files.folder, self.files.state
-        if not resume:
-            check_output(settings)
-        self.model = model.to(host.device)
-        self._unfreeze()
-        self.trained = [value for value in model.parameters() if value.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=settings.weight_decay)
-        self.step, self.epoch, self.row = 0, 0, 0
-        self.accuracy: tuple[Accuracy, ...] = ()
-        self.resumed = resume
-        skipped = source.skipped
-        self.held_out = self._held_out_pairs()
-        source.skipped = skipped
-        if resume:
-            self._restore(load_state(self.state_path))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = MetricsFile(self.files.metrics, keep_batches=self.step if resume else None)
-        self.measured = MetricsFile(self.files.accuracy, keep_batches=self.step + 1 if resume else None)
-        self.began_s, self.began_step = time.monotonic(), self.step
+    def save() -> None:
+        write_patiently(lambda: save_state(files.state, KIND, facts, survivors), files.state, watcher.log)
 
-    def train(self) -> ClipTrainingReport:
-        settings = self.settings
-        if not self.resumed:
-            self._measure()
-        pairs = self._training_pairs()
-        while self.step < settings.steps:
-            if self.watcher.should_stop():
-                self._save()
-                return self._report(finished=False)
-            rate = learning_rate(settings, self.step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            losses = [
-                self._backward(list(itertools.islice(pairs, settings.pairs_per_call)), call)
-                for call in range(settings.accumulation)
-            ]
-            norm = torch.nn.utils.clip_grad_norm_(self.trained, settings.clip_norm or math.inf)
-            if not math.isfinite(sum(losses)) or not bool(torch.isfinite(norm)):
-                raise SpoError(f"the loss of update {self.step + 1} is not finite; lower learning_rate ({rate:g}).")
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.step += 1
-            row: dict[str, object] = {"batch": self.step - 1, "step": self.step}
-            row |= {"loss": sum(losses) / len(losses), "learning_rate": rate, "gradient_norm": float(norm)}
-            last = self.step == settings.steps
-            if last or (settings.measure_every and self.step % settings.measure_every == 0):
-                self._measure()
-            self.metrics.add(row)
-            self._tell({"loss": sum(losses) / len(losses)})
-            if last or (settings.save_every and self.step % settings.save_every == 0):
-                self._save()
-        self._write()
-        return self._report(finished=True)
+    def measure() -> None:
+        model.requires_grad_(False)
+        measurement.accuracy = accuracy = accuracy_by_timestep(model, host, held_out, settings)
+        _unfreeze(model, settings)
+        if accuracy:
+            shares = ", ".join(f"t {entry.timestep}: {entry.share:.1%}" for entry in accuracy)
+            watcher.log(f"update {position.step}, accuracy on {accuracy[0].pairs} held-out pairs: {shares}")
+            columns = {str(entry.timestep): entry.share for entry in accuracy}
+            measurements.add({"batch": position.step, "pairs": accuracy[0].pairs, **columns})
 
-    def _unfreeze(self) -> None:
-        self.model.requires_grad_(True)
-        if not self.settings.train_text:
-            self.model.text_model.requires_grad_(False)
-            self.model.text_projection.requires_grad_(False)
+    if saved is None:
+        measure()
+    while position.step < settings.steps and not watcher.should_stop():
+        # ---- The gradient, one pass after the other.
+        rate = rate_at(settings, position.step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        losses = []
+        for call in range(settings.accumulation):
+            some, place = pairs.take(settings.pairs_per_call), (settings.seed, "update", position.step, call)
+            captions, pictures = [pair.caption for pair in some], _tensors(some, settings).to(host.device)
+            timesteps = torch.randint(1000, (len(some),), generator=generator(*place, "t"))
+            labels = torch.tensor([pair.label_0 for pair in some])
+            if labeller is not None:
+                labels = labels_by(labeller, pictures, captions, settings.label_gap)
 
-    def _backward(self, pairs: Sequence[PicturePair], call: int) -> float:
-        """Accumulate the gradient of one pass; its loss."""
-        settings, position = self.settings, (self.settings.seed, "update", self.step, call)
-        captions, pictures = [pair.caption for pair in pairs], _tensors(pairs, settings).to(self.host.device)
-        timesteps = torch.randint(1000, (len(pairs),), generator=generator(*position, "t"))
-        labels = torch.tensor([pair.label_0 for pair in pairs])
-        if self.labeller is not None:
-            labels = labels_by(self.labeller, pictures, captions, settings.label_gap)
-        predicted = predicted_pictures(self.host, pictures, captions, timesteps, position)
-        scores = pair_scores(self.model, predicted, captions, timesteps)
-        counts = torch.tensor([pair.pairs_of_prompt for pair in pairs])
-        loss = pair_label_loss(scores[:, 0], scores[:, 1], labels.to(scores), counts.to(scores))
-        (loss / settings.accumulation).backward()
-        return float(loss.detach())
-
-    def _training_pairs(self) -> Iterator[PicturePair]:
-        """Epoch after epoch without held-out prompts; `row` and `epoch` say where the next pair comes from."""
-        while True:
-            from_start, usable = self.row == 0, False
-            for pair in self.source.pairs(self.settings.seed, self.epoch, self.row):
-                self.row = pair.row + 1
-                if not is_held_out(pair.caption, self.settings.held_out_one_in):
-                    usable = True
-                    yield pair
-            if from_start and not usable:
-                raise SpoError(
-                    f"none of the {len(self.source)} pairs can be trained on: {self.source.skipped} are broken, and "
-                    f"the prompts of the rest are held out (held_out_one_in is {self.settings.held_out_one_in})."
-                )
-            self.epoch, self.row = self.epoch + 1, 0
-
-    def _held_out_pairs(self) -> list[PicturePair]:
-        """The first measured_pairs pairs, as stored, of held-out prompts."""
-        if not self.settings.held_out_one_in:
-            return []
-        found = self.source.pairs(self.settings.seed, -1)
-        ours = (pair for pair in found if is_held_out(pair.caption, self.settings.held_out_one_in))
-        return [_smaller(pair, self.settings) for pair in itertools.islice(ours, self.settings.measured_pairs)]
-
-    def _measure(self) -> None:
-        self.model.requires_grad_(False)
-        self.accuracy = accuracy_by_timestep(self.model, self.host, self.held_out, self.settings)
-        self._unfreeze()
-        if self.accuracy:
-            shares = ", ".join(f"t {entry.timestep}: {entry.share:.1%}" for entry in self.accuracy)
-            self.watcher.log(f"update {self.step}, accuracy on {self.accuracy[0].pairs} held-out pairs: {shares}")
-            shown = {str(entry.timestep): entry.share for entry in self.accuracy}
-            self.measured.add({"batch": self.step, "pairs": self.accuracy[0].pairs, **shown})
-
-    def _tell(self, metrics: dict[str, float]) -> None:
-        done = self.step - self.began_step
-        left_s = (time.monotonic() - self.began_s) / max(1, done) * (self.settings.steps - self.step)
-        self.watcher.progress(
-            Progress("training", self.epoch, self.step, self.step / self.settings.steps, left_s, metrics)
-        )
-
-    # ---- state and output
-
-    def _save(self) -> None:
-        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
-        optimizer = flatten(self.optimizer.state_dict(), "optimizer", tensors)
-        facts = {
-            "step": self.step,
-            "epoch": self.epoch,
-            "row": self.row,
-            "skipped": self.source.skipped,
-            "optimizer": optimizer,
-            "settings": self._comparable(),
-            "accuracy": [asdict(entry) for entry in self.accuracy],
-        }
-        save_state(self.state_path, RunState(tensors, facts))
-
-    def _comparable(self) -> dict[str, Any]:
-        """What must be the same to resume."""
-        free = ("output", "replace", "save_every", "save_precision")
-        same = {name: value for name, value in asdict(self.settings).items() if name not in free}
-        return {**same, "pairs": len(self.source), "checkpoint": self.host.checkpoint_name}
-
-    def _restore(self, saved: RunState) -> None:
-        facts = saved.facts
-        ours = self._comparable()
-        for name, value in facts["settings"].items():
-            if ours.get(name) != value:
-                raise SpoError(f"the run to resume has {name} {value}, not {ours.get(name)}; give the same settings.")
-        prefix = "model/"
-        weights = {n.removeprefix(prefix): value for n, value in saved.tensors.items() if n.startswith(prefix)}
-        self.model.load_state_dict(weights)
-        self.optimizer.load_state_dict(restore(facts["optimizer"], saved.tensors))
-        self.step, self.epoch, self.row = facts["step"], facts["epoch"], facts["row"]
-        self.source.skipped = facts["skipped"]
-        self.accuracy = tuple(Accuracy(**entry) for entry in facts["accuracy"])
-
-    def _write(self) -> None:
-        facts = {"architecture": self.host.architecture, "trained_with": self.host.checkpoint_name}
-        facts |= {f"accuracy_{entry.timestep}": f"{entry.share:.4f}" for entry in self.accuracy}
-        dtype = getattr(torch, self.settings.save_precision)
-        save_step_aware_clip(self.model, self.settings.output, facts, dtype=dtype)
-
-    def _report(self, finished: bool) -> ClipTrainingReport:
-        if self.source.skipped:
-            self.watcher.log(
-                f"{self.source.skipped} pairs were skipped, for a picture or label that is broken or missing."
+            predicted = retry_with_less(
+                partial(predicted_pictures, host, pictures, captions, timesteps, place),
+                lambda: halve_decode_batch(host),
+                watcher.log,
+                "lower pairs_per_call in a new run, or close other programs",
             )
-        output = self.settings.output if finished else None
-        return ClipTrainingReport(finished, self.step, output, self.accuracy, self.source.skipped, self.files)
+            scores = pair_scores(model, predicted, captions, timesteps)
+            counts = torch.tensor([pair.pairs_of_prompt for pair in some])
+            loss = pair_label_loss(scores[:, 0], scores[:, 1], labels.to(scores), counts.to(scores))
+            (loss / settings.accumulation).backward()
+            losses.append(float(loss.detach()))
+
+        # ---- The update.
+        norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm or math.inf)
+        if not math.isfinite(sum(losses)) or not bool(torch.isfinite(norm)):
+            raise SpoError(f"the loss of update {position.step + 1} is not finite; lower learning_rate ({rate:g}).")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        position.step += 1
+        position.seconds = time.monotonic() - began
+        mean = sum(losses) / len(losses)
+
+        # ---- On the way: a measurement, a row of metrics, the state.
+        last = position.step == settings.steps
+        if last or (settings.measure_every and position.step % settings.measure_every == 0):
+            measure()
+        step = position.step
+        metrics.add(
+            {"batch": step - 1, "step": step, "loss": mean, "learning_rate": rate, "gradient_norm": float(norm)}
+        )
+        fraction = step / settings.steps
+        left_s = seconds_left(position.seconds, fraction)
+        watcher.progress(Progress("training", pairs.epoch, step, fraction, left_s, {"loss": mean}))
+        if last or (settings.save_every and step % settings.save_every == 0):
+            save()
+
+    # ---- The end, or a stop.
+    finished = position.step == settings.steps
+    if finished:
+        dtype = getattr(torch, settings.save_precision)
+        metadata = {"architecture": host.architecture, "trained_with": host.checkpoint_name}
+        metadata |= {f"accuracy_{entry.timestep}": f"{entry.share:.4f}" for entry in measurement.accuracy}
+        save_step_aware_clip(model, settings.output, metadata, dtype=dtype)
+    else:
+        save()
+    if source.skipped:
+        watcher.log(f"{source.skipped} pairs were skipped, for a picture or label that is broken or missing.")
+    output = settings.output if finished else None
+    return ClipTrainingReport(finished, position.step, output, measurement.accuracy, source.skipped, files)
+
+
+def _facts(settings: ClipTraining, source: PairSource, host: Host) -> dict[str, Any]:
+    """What must be the same to resume."""
+    free = ("output", "replace", "save_every", "save_precision")
+    same = {name: value for name, value in asdict(settings).items() if name not in free}
+    return {**same, "pairs": len(source), "checkpoint": host.checkpoint_name}
+
+
+def _unfreeze(model: StepAwareCLIP, settings: ClipTraining) -> StepAwareCLIP:
+    """What learns gets gradients: everything, or everything but the text tower."""
+    model.requires_grad_(True)
+    if not settings.train_text:
+        model.text_model.requires_grad_(False)
+        model.text_projection.requires_grad_(False)
+    return model
 
 
 def _tensors(pairs: Sequence[PicturePair], settings: ClipTraining) -> Tensor:

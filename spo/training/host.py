@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from spo.algorithm.diffusion import checked_ladder, sigma_ladder
 from spo.algorithm.preference import PreferenceModel
 from spo.algorithm.rollout import PoolVerdict, Rollout, RolloutSettings
+from spo.config import Config
+from spo.errors import SpoError
 
 
 class Host(Protocol):
@@ -18,7 +22,7 @@ class Host(Protocol):
     architecture     "sd15" or "sdxl"; naming: "diffusers" or "ldm", how `network`'s modules are called
     prediction_type  "epsilon" or "v_prediction"
     network          the UNet, frozen, into which the adapter goes
-    device           where it computes
+    device, dtype    where it computes, and in what precision (its weights may be stored in another)
     checkpoint_name, checkpoint_hash  for files that are made with it; the hash may be ""
     alphas_cumprod   [1000] the network's training schedule
     decode_batch     latents decoded at a time; lowered when memory runs out
@@ -29,6 +33,7 @@ class Host(Protocol):
     prediction_type: str
     network: nn.Module
     device: torch.device
+    dtype: torch.dtype
     checkpoint_name: str
     checkpoint_hash: str
     decode_batch: int
@@ -69,3 +74,21 @@ class Host(Protocol):
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Less memory in training for more time; switched on when memory runs out and nothing else helps."""
         ...
+
+
+def rollout_settings(config: Config) -> RolloutSettings:
+    """The part of the configuration that `sample_spo` needs."""
+    names = [item.name for item in dataclasses.fields(RolloutSettings)]
+    return RolloutSettings(**{name: getattr(config.rollout, name) for name in names})
+
+
+def ladder_of(config: Config, alphas_cumprod: Tensor) -> Tensor:
+    """[steps + 1] the noise levels that `sigmas` and `sampling_steps` name. SpoError when they make no ladder."""
+    text = config.rollout.sigmas
+    if not any(character.isdigit() for character in text):
+        return sigma_ladder(text, config.rollout.sampling_steps, alphas_cumprod)
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise SpoError(f'sigmas is "{text}"; give a name or falling numbers with commas between them.') from None
+    return checked_ladder(numbers)

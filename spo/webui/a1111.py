@@ -415,6 +415,16 @@ def evaluate(inner: Any, x: Tensor, sigma: Tensor, conditioning: Sequence[Any]) 
     return inner(x, sigma, cond={**text, "c_concat": [image]})
 
 
+def compute_dtype() -> torch.dtype:
+    """The precision that `autocast` computes the network in, whatever its weights are stored in."""
+    from modules import devices
+
+    if devices.fp8 and devices.device.type == "cpu":
+        return torch.bfloat16
+    full = torch.float32 in (devices.dtype, devices.dtype_inference) and not devices.fp8
+    return torch.float32 if full else devices.dtype
+
+
 def autocast() -> AbstractContextManager[Any]:
     """The precision in which the WebUI runs the network."""
     from modules import devices

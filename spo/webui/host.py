@@ -20,7 +20,7 @@ from spo.config import Config
 from spo.errors import SpoError
 from spo.progress import StopRequested
 from spo.rng import SeededDraws
-from spo.training.loop import ladder_of
+from spo.training.host import ladder_of
 from spo.webui import a1111
 from spo.webui.a1111 import Checkpoint, EncodedPrompts, OwnSampling, PictureRequest, Pictures, StepConditioning
 
@@ -63,7 +63,7 @@ class WebUIHost:
         self.prediction_type = checkpoint.prediction_type
         self.network = checkpoint.network
         self.checkpoint_name, self.checkpoint_hash = checkpoint.name, checkpoint.hash
-        self.device = a1111.device()
+        self.device, self.dtype = a1111.device(), a1111.compute_dtype()
         self.decode_batch = config.rollout.decode_batch
         self.prompts: list[str] = []
         self.last_prompts: list[str] = []

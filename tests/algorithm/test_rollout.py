@@ -6,12 +6,21 @@ recorded ones to 1e-5 and answers with the recorded outputs.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from spo.algorithm.diffusion import denoised_from_output, network_input, sigma_ladder, training_sigmas
-from spo.algorithm.rollout import RolloutSettings, Scoring, sample_spo
+from spo.algorithm.diffusion import (
+    denoised_from_output,
+    network_input,
+    scaled_linear_alphas_cumprod,
+    sigma_ladder,
+    training_sigmas,
+)
+from spo.algorithm.rollout import RolloutSettings, Scoring, join_rollouts, pool_starts, sample_spo
+from spo.rng import SeededDraws
 from tests.conftest import relative_error
 
 RUNS = {
@@ -102,3 +111,65 @@ def test_replays_the_published_sampler(golden, name):
     assert relative_error(network_input(pairs.next_win, pairs.sigma_next), following[:, 0]) < 1e-5
     assert relative_error(network_input(pairs.next_lose, pairs.sigma_next), following[:, 1]) < 1e-5
     assert pairs.shared.tolist() == [bool(torch.equal(pair[0], pair[-1])) for pair in current]
+
+
+# ---- parts of a batch, windows, and what was not evaluated
+
+
+class Taste:
+    """Prefers a high channel 0, of the prediction or of the noisy latents."""
+
+    name, needs_pixels = "taste", False
+
+    def __init__(self, needs_denoised=True):
+        self.needs_denoised = needs_denoised
+
+    def score(self, candidates, prompts):
+        latents = candidates.prediction() if self.needs_denoised else candidates.x
+        return 20 * latents[:, :, 0].mean((2, 3))
+
+
+def roll_out(seeds, watch=None, preference=None, **changes):
+    alphas = scaled_linear_alphas_cumprod()
+    sigmas = sigma_ladder("ddim", 10, alphas)
+    draws = SeededDraws(seeds)
+    return sample_spo(
+        lambda x, sigma: x / (1 + sigma[:, None, None, None] ** 2),
+        draws.initial((4, 8, 8)) * sigmas[0],
+        sigmas,
+        settings=RolloutSettings(**{"candidates": 3, "divert_start_step": 2, "threshold": 0.0, **changes}),
+        draws=draws,
+        alphas_cumprod=alphas,
+        scoring=Scoring(preference or Taste(), [""] * len(seeds), watch=watch),
+    )
+
+
+@pytest.mark.parametrize("inner_steps", [0, 2])
+def test_parts_of_a_batch_join_to_the_whole_bit_for_bit(inner_steps):
+    whole = roll_out([5, 6, 7], inner_steps=inner_steps, threshold=0.3)
+    parts = [roll_out(seeds, inner_steps=inner_steps, threshold=0.3) for seeds in ([5, 6], [7])]
+    joined = join_rollouts(parts)
+    assert torch.equal(joined.x, whole.x)
+    assert joined.sigma == whole.sigma
+    for name, value in whole.pairs.tensors().items():
+        assert torch.equal(joined.pairs.tensors()[name], value), name
+    for one, other in zip(joined.pools, whole.pools, strict=True):
+        assert (one.step, one.timestep) == (other.step, other.timestep)
+        assert torch.equal(one.scores, other.scores) and torch.equal(one.kept, other.kept)
+
+
+def test_a_model_that_reads_noisy_latents_gets_no_prediction_but_of_the_finished_ones():
+    verdicts = []
+    roll_out([5], verdicts.append, Taste(needs_denoised=False), inner_steps=3)
+    assert [verdict.candidates.denoised is None for verdict in verdicts] == [True, False]
+    with pytest.raises(ValueError, match="needs_denoised"):
+        verdicts[0].candidates.prediction()
+
+
+def test_timestep_min_bounds_inner_steps_too():
+    alphas = scaled_linear_alphas_cumprod()
+    sigmas = sigma_ladder("ddim", 10, alphas)  # timesteps 901, 801, ..., 1
+    settings = RolloutSettings(inner_steps=3, divert_start_step=2)
+    assert pool_starts(sigmas, alphas, settings) == [(2, 5), (6, 9)]
+    assert pool_starts(sigmas, alphas, replace(settings, timestep_min=200)) == [(2, 5), (6, 7)]
+    assert pool_starts(sigmas, alphas, replace(settings, timestep_min=2)) == [(2, 5), (6, 8)]

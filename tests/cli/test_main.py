@@ -50,6 +50,7 @@ def flags(files, output, *more, checkpoint="tiny.safetensors"):
         "threshold": 0,
         "prompts-per-batch": 2,
         "pairs-per-update": 2,
+        "accumulation": 1,
         "steps": 6,
         "learning-rate": 1e-3,
         "save-every": 1,

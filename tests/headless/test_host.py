@@ -13,7 +13,9 @@ from spo.errors import SpoError
 from spo.headless.compare import adapter_from_file, pictures
 from spo.headless.host import HeadlessHost, load_host
 from spo.lora.read import read_lora
-from spo.training.loop import ladder_of, train
+from spo.progress import Watcher
+from spo.training.host import ladder_of, rollout_settings
+from spo.training.loop import train
 from tests.tiny_checkpoints import write_tiny_sd15, write_tiny_sdxl
 from tests.tiny_host import MeanOfChannel
 
@@ -39,6 +41,7 @@ def config_for(checkpoints, architecture, tmp_path, **changes):
         "divert_start_step": 1,
         "threshold": 0.0,
         "prompts_per_batch": 2,
+        "accumulation": 1,
         "steps": 2,
         "learning_rate": 1e-2,
         "save_precision": "float32",
@@ -57,19 +60,8 @@ def test_the_file_gives_what_training_had(checkpoints, tmp_path, architecture):
     config = config_for(checkpoints, architecture, tmp_path)
     host = load_host(config)
     seen = {}
-    from spo.training import loop as trainer
-
-    original = trainer._Run._write_lora
-
-    def look_then_write(run, path):
-        seen["live"] = pictures_of(host, PROMPTS, [5, 6])
-        return original(run, path)
-
-    trainer._Run._write_lora = look_then_write
-    try:
-        train(host, config, PROMPTS, MeanOfChannel())
-    finally:
-        trainer._Run._write_lora = original
+    watcher = Watcher(saved=lambda path: seen.update(live=pictures_of(host, PROMPTS, [5, 6])))
+    train(host, config, PROMPTS, MeanOfChannel(), watcher)
     base = pictures_of(host, PROMPTS, [5, 6])
     fresh = load_host(config)
     fresh.prepare(PROMPTS)
@@ -107,7 +99,6 @@ def test_guidance_repeats_and_batches_agree(checkpoints, tmp_path):
 
 
 def test_candidates_in_smaller_calls_give_the_same_pairs(checkpoints, tmp_path):
-    from spo.training.loop import rollout_settings
 
     pairs = []
     for per_call in (0, 1):

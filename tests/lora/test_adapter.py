@@ -70,7 +70,7 @@ def test_the_start_is_a_function_of_seed_and_module():
 
     def start(chosen, seed):
         adapter = Adapter(unet, chosen, rank=4, alpha=4, seed=seed)
-        tensors = {name: value.clone() for name, value in adapter.tensors().items()}
+        tensors = {name: value.clone() for name, value in adapter.state_dict().items()}
         adapter.remove()
         return tensors
 

@@ -28,8 +28,8 @@ from spo.training.clip import (
     ClipTraining,
     accuracy_by_timestep,
     labels_by,
-    learning_rate,
     predicted_pictures,
+    rate_at,
     starting_model,
     train_clip,
 )
@@ -129,7 +129,7 @@ def test_the_prediction_is_guided(host):
 
 def test_learning_rate():
     settings = ClipTraining(output=Path("spm.safetensors"), steps=100, warmup_steps=10, learning_rate=1.0)
-    assert [learning_rate(settings, step) for step in (0, 4, 9, 10, 55, 100)] == [0.1, 0.5, 1.0, 1.0, 0.5, 0.0]
+    assert [rate_at(settings, step) for step in (0, 4, 9, 10, 55, 100)] == [0.1, 0.5, 1.0, 1.0, 0.5, 0.0]
 
 
 # ---- start
@@ -205,7 +205,7 @@ def test_it_learns_what_was_labelled(place, host, tmp_path):
     class Clear:
         """A host whose prediction is the picture."""
 
-        architecture, checkpoint_name = "sd15", "none"
+        architecture, checkpoint_name, decode_batch = "sd15", "none", 4
         device, alphas_cumprod = host.device, host.alphas_cumprod
 
         def prepare(self, prompts):

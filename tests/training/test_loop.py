@@ -2,58 +2,34 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from spo.config import build_config
+from spo.algorithm.objective import pair_loss, spo_loss
 from spo.errors import SpoError
 from spo.lora.adapter import Adapter, modules_of_kinds
-from spo.lora.read import read_lora
 from spo.progress import Watcher
 from spo.runs.layout import RunFiles
-from spo.training.loop import batch_of, learning_rate, loss_of_pairs, rollout_settings, train
+from spo.training.gradient import configured_loss, pair_denoisers
+from spo.training.host import rollout_settings
+from spo.training.loop import train
+from spo.training.schedule import batch_of
 from tests.conftest import float16
-from tests.tiny_host import MeanOfChannel, TinyHost, same_weights
-
-PROMPTS = ["a fox", "a boat", "a pear"]
-
-
-def small(folder, **changes):
-    values = {
-        "checkpoint": "tiny.safetensors",
-        "prompts": "prompts.txt",
-        "output": str(folder / "taste.safetensors"),
-        "width": 64,
-        "height": 64,
-        "sampling_steps": 4,
-        "divert_start_step": 1,
-        "candidates": 2,
-        "prompts_per_batch": 2,
-        "pairs_per_update": 2,
-        "learning_rate": 1e-3,
-        "steps": 5,
-        "save_every": 2,
-        "seed": 5,
-    }
-    return build_config({**values, **changes})
+from tests.tiny_host import PROMPTS, MeanOfChannel, TinyHost, rows_of, same_weights, small, weights_of
 
 
 def network_of(host):
     return {name: value.clone() for name, value in host.network.state_dict().items()}
 
 
-def rows_of(config):
-    with (RunFiles.of(config.run.output).metrics).open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def weights_of(path):
-    return read_lora(path).layers
+def loss_of_pairs(host, adapter, pairs, prompts, config):
+    return pair_loss(*pair_denoisers(host, adapter, prompts), pairs, configured_loss(config), config.rollout.eta)
 
 
 def test_trains_every_weight_and_leaves_the_network_as_found(tmp_path):
@@ -268,94 +244,6 @@ def test_goes_on_from_a_lora_file_and_compares_with_it(tmp_path):
     assert float(rows_of(base)[0]["loss"]) != pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_each_epoch_goes_over_all_prompts_in_its_own_order():
-    config = build_config({"prompts_per_batch": 4, "seed": 3})
-    prompts = [f"prompt {i}" for i in range(10)]
-    epochs = [[batch_of(3 * epoch + i, prompts, config) for i in range(3)] for epoch in range(2)]
-    orders = [[prompt for told, _ in epoch for prompt in told] for epoch in epochs]
-    assert [sorted(order) for order in orders] == [sorted(prompts)] * 2
-    assert orders[0] != orders[1]
-    seeds = [seed for epoch in epochs for _, drawn in epoch for seed in drawn]
-    assert len(set(seeds)) == 20
-
-
-def test_learning_rate_schedules():
-    def at(step, fraction, **changes):
-        return learning_rate(build_config({"learning_rate": 1.0, **changes}), step, fraction)
-
-    assert at(500, 0.5) == 1
-    assert [at(step, 0.0, warmup_steps=4) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
-    assert at(9, 0.25, schedule="linear") == 0.75
-    assert at(9, 0.5, schedule="cosine") == pytest.approx(0.5)
-    assert at(9, 1.0, schedule="cosine") == pytest.approx(0)
-
-
-class Cramped(TinyHost):
-    """Has memory for `room` latents in one evaluation of the network, and none more."""
-
-    def __init__(self, config, room):
-        super().__init__(config)
-        healthy = self.predict
-        self.largest = 0
-
-        def predict(x_vp, timesteps, conditioning):
-            self.largest = max(self.largest, len(x_vp))
-            if len(x_vp) > room:
-                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return healthy(x_vp, timesteps, conditioning)
-
-        self.denoiser = dataclasses.replace(self.denoiser, predict=predict)
-
-
-def test_out_of_memory_halves_and_goes_on_to_the_same_lora(tmp_path):
-    changes = {
-        "candidates": 4,
-        "pairs_per_update": 8,
-        "steps": 3,
-        "prompts_per_batch": 1,
-        "sampling_steps": 8,
-        "guidance_scale": 1,
-        "threshold": 0.0,
-        "save_precision": "float32",
-    }
-    roomy, cramped = small(tmp_path / "roomy", **changes), small(tmp_path / "cramped", **changes)
-    train(TinyHost(roomy), roomy, PROMPTS, MeanOfChannel())
-    said = []
-    host = Cramped(cramped, room=1)
-    report = train(host, cramped, PROMPTS, MeanOfChannel(), Watcher(log=said.append))
-    assert report.finished
-    assert host.largest > 1
-    assert any("candidates_per_call 1" in line for line in said)
-    assert any("pairs_per_call 1" in line for line in said)
-    expected, found = weights_of(roomy.run.output), weights_of(cramped.run.output)
-    for name in expected:
-        torch.testing.assert_close(found[name].up, expected[name].up, rtol=1e-3, atol=1e-5)
-
-
-def test_out_of_memory_with_nothing_left_to_halve_says_what_to_lower(tmp_path):
-    config = small(tmp_path)
-    host = Cramped(config, room=0)
-    with pytest.raises(SpoError, match=r"Out of memory.*prompts_per_batch"):
-        train(host, config, PROMPTS, MeanOfChannel())
-    assert not hasattr(host.network, "peft_config")
-
-
-def test_gradient_checkpointing_is_the_last_resort(tmp_path):
-    config = small(tmp_path, pairs_per_update=1, guidance_scale=1, steps=2)
-    host = TinyHost(config)
-    healthy = host.predict
-
-    def predict(x_vp, timesteps, conditioning):
-        if torch.is_grad_enabled() and not host.checkpointing:
-            raise RuntimeError("CUDA out of memory")
-        return healthy(x_vp, timesteps, conditioning)
-
-    host.denoiser = dataclasses.replace(host.denoiser, predict=predict)
-    said = []
-    assert train(host, config, PROMPTS, MeanOfChannel(), Watcher(log=said.append)).finished
-    assert said == ["Out of memory: going on with gradient_checkpointing on."]
-
-
 def test_any_error_in_a_rollout_keeps_the_updates_before_it(tmp_path):
     config, pools = small(tmp_path), []
 
@@ -387,3 +275,183 @@ def test_every_written_file_is_told(tmp_path):
     config, told = small(tmp_path, steps=3, save_every=2), []
     train(TinyHost(config), config, PROMPTS, MeanOfChannel(), Watcher(saved=lambda path: told.append(path.name)))
     assert told == ["taste-step000002.safetensors", "taste.safetensors"]
+
+
+# ---- what ends a run, and what may change when it goes on
+
+
+def test_replacing_a_run_removes_its_stages_and_those_of_nobody_else(tmp_path):
+    former = small(tmp_path, steps=5, save_every=1, keep_last=3, sample_every=2)
+    train(TinyHost(former), former, PROMPTS, MeanOfChannel())
+    files = RunFiles.of(former.run.output)
+    assert [path.name for path in files.stages()] == [f"taste-step00000{step}.safetensors" for step in (2, 3, 4)]
+    foreign = files.stage(9)
+    foreign.write_bytes(b"not of SPO")
+    again = small(tmp_path, steps=2, save_every=1, keep_last=3, replace=True)
+    saved = []
+    train(TinyHost(again), again, PROMPTS, MeanOfChannel(), Watcher(saved=lambda path: saved.append(path.exists())))
+    assert saved == [True, True]
+    assert files.stages() == [files.stage(1), foreign]
+    assert files.all_samples() == []
+
+
+def test_a_run_without_pairs_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr("spo.training.loop.FRUITLESS_ROLLOUTS", 3)
+    config = small(tmp_path, threshold=1.0, steps=5)
+    host = TinyHost(config)
+    with pytest.raises(SpoError, match=r"No pair was kept in the last 3 rollouts.*threshold 1; lower it"):
+        train(host, config, PROMPTS, MeanOfChannel())
+    assert not hasattr(host.network, "peft_config")
+    assert [row["pairs"] for row in rows_of(config)] == ["0", "0", "0"]
+    with pytest.raises(SpoError, match="No pair was kept in the last 4 rollouts"):
+        train(TinyHost(config), config, PROMPTS, MeanOfChannel(), resume=True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("learning_rate", 1e-2), ("clip_norm", 0.5), ("carry_pairs", False)])
+def test_resume_does_not_change_what_is_learnt(tmp_path, name, value):
+    config = small(tmp_path)
+    train(TinyHost(config), config, PROMPTS, MeanOfChannel(), Watcher(should_stop=lambda: True))
+    with pytest.raises(SpoError, match=f"begun with {name} = "):
+        changed = small(tmp_path, **{name: value})
+        train(TinyHost(changed), changed, PROMPTS, MeanOfChannel(), resume=True)
+
+
+def test_resume_wants_the_same_preference_model_by_its_content(tmp_path):
+    for name, content in {"a.safetensors": b"one", "b.safetensors": b"one", "c.safetensors": b"another"}.items():
+        (tmp_path / name).write_bytes(content)
+    config = small(tmp_path, preference=str(tmp_path / "a.safetensors"))
+    train(TinyHost(config), config, PROMPTS, MeanOfChannel(), Watcher(should_stop=lambda: True))
+
+    def resumed(name, **changes):
+        changed = small(tmp_path, preference=str(tmp_path / name), steps=1, **changes)
+        return train(TinyHost(changed), changed, PROMPTS, MeanOfChannel(), resume=True)
+
+    with pytest.raises(SpoError, match=r"a\.safetensors.*c\.safetensors.*--allow-other-preference"):
+        resumed("c.safetensors")
+    assert resumed("b.safetensors").finished
+    assert resumed("c.safetensors", allow_other_preference=True).finished
+
+
+# ---- pairs that wait
+
+
+def test_pairs_too_few_for_an_update_wait_for_the_next_rollout(tmp_path):
+    config = small(tmp_path, pairs_per_update=4, threshold=0.0, prompts_per_batch=1, epochs=1, steps=0)
+    whole = train(TinyHost(config), config, PROMPTS, MeanOfChannel())
+    pairs = [int(row["pairs"]) for row in rows_of(config)]
+    assert whole.steps == 3  # 3 prompts of 3 pairs: 4 + 4 + the rest
+    assert pairs == [0, 4, 5]
+    alone = small(tmp_path / "alone", pairs_per_update=4, threshold=0.0, prompts_per_batch=1, epochs=1, steps=0,
+                  carry_pairs=False)  # fmt: skip
+    train(TinyHost(alone), alone, PROMPTS, MeanOfChannel())
+    assert [int(row["pairs"]) for row in rows_of(alone)] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("updates_before_stop", [1, 2])
+def test_a_stop_keeps_the_pairs_that_wait(tmp_path, updates_before_stop):
+    changes = {"pairs_per_update": 4, "threshold": 0.0, "prompts_per_batch": 1, "steps": 3, "inner_steps": 1}
+    whole, parts = small(tmp_path / "whole", **changes), small(tmp_path / "parts", **changes)
+    train(TinyHost(whole), whole, PROMPTS, MeanOfChannel())
+    seen = []
+    watcher = Watcher(
+        progress=lambda progress: seen.append(progress.step), should_stop=lambda: seen[-1:] == [updates_before_stop]
+    )
+    assert not train(TinyHost(parts), parts, PROMPTS, MeanOfChannel(), watcher).finished
+    train(TinyHost(parts), parts, PROMPTS, MeanOfChannel(), resume=True)
+    assert same_weights(weights_of(parts.run.output), weights_of(whole.run.output))
+
+
+def test_portions_of_prompts_give_the_same_pairs_in_the_same_order(tmp_path):
+    lora = {}
+    for size in (0, 1, 2):
+        config = small(
+            tmp_path / str(size), prompts_per_batch=3, prompts_per_call=size, inner_steps=1, sampling_steps=6, steps=2,
+            epsilon=1e-3, save_precision="float32",
+        )  # fmt: skip
+        train(TinyHost(config), config, PROMPTS, MeanOfChannel())
+        lora[size] = weights_of(config.run.output)
+    for size in (1, 2):
+        for name, layer in lora[0].items():
+            torch.testing.assert_close(lora[size][name].up, layer.up, rtol=1e-2, atol=1e-6)
+
+
+# ---- overflow, and files that are held
+
+
+class Overflowing:
+    """A loss scaler whose first `times` scales overflow; for a network that computes in float32."""
+
+    def __init__(self, times):
+        self.times, self.updates = times, 0
+
+    def scale(self, loss):
+        return loss
+
+    def unscale_(self, optimizer):
+        if self.times > 0:
+            self.times -= 1
+            optimizer.param_groups[0]["params"][1].grad.fill_(float("inf"))
+
+    def is_enabled(self):
+        return True
+
+    def step(self, optimizer):
+        optimizer.step()
+
+    def update(self):
+        self.updates += 1
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_an_overflow_is_no_update_and_loses_no_pair(tmp_path, monkeypatch):
+    plain = small(tmp_path / "plain", steps=2)
+    train(TinyHost(plain), plain, PROMPTS, MeanOfChannel())
+    config, scaler = small(tmp_path / "overflows", steps=2), Overflowing(19)
+    monkeypatch.setattr("spo.training.loop.make_scaler", lambda device, dtype: scaler)
+    assert train(TinyHost(config), config, PROMPTS, MeanOfChannel()).steps == 2
+    assert scaler.updates == 19 + 2
+    assert same_weights(weights_of(config.run.output), weights_of(plain.run.output))
+
+
+def test_twenty_overflows_in_a_row_are_an_error(tmp_path, monkeypatch):
+    config = small(tmp_path)
+    monkeypatch.setattr("spo.training.loop.make_scaler", lambda device, dtype: Overflowing(20))
+    with pytest.raises(SpoError, match=r"gradient is not finite at update 0.*bfloat16"):
+        train(TinyHost(config), config, PROMPTS, MeanOfChannel())
+
+
+def test_files_that_are_held_do_not_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("spo.files.PATIENCE_S", (0.0, 0.0))
+    config, said = small(tmp_path, steps=4, save_every=1), []
+    files = RunFiles.of(config.run.output)
+    replace, held = os.replace, {files.state: 4, files.metrics: 20, files.stage(2): 3}
+
+    def refuse(source, target):
+        if held.get(Path(target), 0) and files.stage(1).exists():
+            held[Path(target)] -= 1
+            raise PermissionError(13, "Permission denied", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    report = train(TinyHost(config), config, PROMPTS, MeanOfChannel(), Watcher(log=said.append))
+    assert report.finished and report.output.exists()
+    assert any("state.spo" in line and "going on without" in line for line in said)
+    assert not any("step000002" in line for line in said) or not files.stage(2).exists()
+    again = small(tmp_path, steps=5)
+    assert train(TinyHost(again), again, PROMPTS, MeanOfChannel(), resume=True).finished
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    config = small(tmp_path)
+    with pytest.raises(SpoError, match="loss is not finite at update 0"):
+        train(TinyHost(config), config, PROMPTS, MeanOfChannel(), loss=lambda win, lose: nan_loss(win, lose))
+
+
+def nan_loss(win, lose):
+    result = spo_loss(win, lose, 10.0, 0.1)
+    return dataclasses.replace(result, loss=result.loss * float("nan"))

@@ -124,6 +124,7 @@ def config_for(folder: Path, name, architecture, **changes):
         "threshold": 0.0,
         "prompts_per_batch": 2,
         "pairs_per_update": 4,
+        "accumulation": 1,
         "steps": 3,
         "learning_rate": 1e-2,
         "save_every": 0,

@@ -1,0 +1,74 @@
+"""The gradient of one update: the pairs' loss by the host's network with and without its adapter."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spo.algorithm.objective import PairDenoiser, PairLoss, RatioLoss, backward_by_sides, pair_loss, spo_loss
+from spo.algorithm.pairs import Pairs
+from spo.config import Config
+from spo.lora.adapter import Adapter
+from spo.training.host import Host
+from spo.training.memory import Portions
+
+
+def configured_loss(config: Config) -> RatioLoss:
+    """The loss of log ratios that the configuration asks for."""
+    return partial(spo_loss, beta=config.loss.beta, ratio_clamp=config.loss.ratio_clamp)
+
+
+def pair_denoisers(host: Host, adapter: Adapter, prompts: Sequence[str]) -> tuple[PairDenoiser, PairDenoiser]:
+    """(policy, reference) for `pair_loss`. prompts: those that `Pairs.image` points into."""
+
+    def policy(x: Tensor, sigma: Tensor, image: Tensor, step: Tensor) -> Tensor:
+        return host.denoise(x, sigma, [prompts[i] for i in image.tolist()], step)
+
+    def reference(x: Tensor, sigma: Tensor, image: Tensor, step: Tensor) -> Tensor:
+        with adapter.reference():
+            return policy(x, sigma, image, step)
+
+    return policy, reference
+
+
+def accumulate_gradient(
+    host: Host,
+    adapter: Adapter,
+    pairs: Pairs,
+    prompts: Sequence[str],
+    config: Config,
+    loss: RatioLoss,
+    portions: Portions,
+    scaler: Any,
+) -> list[PairLoss]:
+    """Add the gradient of one update's pairs to the adapter's weights, `portions.pairs` at a time; the loss of each.
+
+    As in the published run the mean is taken over `pairs_per_update` pairs, those of one GPU, and then over
+    `accumulation` such groups, whatever is evaluated at a time. scaler: see `optimizer.make_scaler`
+    """
+    policy, reference = pair_denoisers(host, adapter, prompts)
+    size, results = config.optimizer.pairs_per_update, []
+    groups = math.ceil(len(pairs) / size)
+    for begin in range(0, len(pairs), size):
+        end = min(begin + size, len(pairs))
+        count = (end - begin) * groups
+
+        def backward(losses: Tensor, count: int = count) -> None:
+            scaler.scale(losses.sum() / count).backward()
+
+        for first in range(begin, end, portions.pairs.size):
+            rows = torch.arange(first, min(first + portions.pairs.size, end), device=pairs.sigma.device)
+            some = pairs.rows(rows)
+            if portions.apart and not bool(some.shared.all()):
+                result = backward_by_sides(policy, reference, some, loss, backward, config.rollout.eta)
+            else:
+                result = pair_loss(policy, reference, some, loss, config.rollout.eta)
+                backward(result.loss)
+            results.append(replace(result, loss=result.loss.detach()))
+    return results
