@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 ENVIRONMENT = HERE / ".venv"
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 WINDOWS_CUDA_WHEELS = "https://download.pytorch.org/whl/cu130"
+IN_TWO_PROCESSES = ["-n", "2", "--dist", "worksteal"]
 COMMANDS = ("demo", "test", "check", "train", "compare", "inspect", "train-preference", "fetch-preference")
 
 
@@ -34,18 +35,31 @@ def main() -> int:
     if python is None:
         return 1
     if command == "test":
-        return _run(python, "-m", "pytest", *rest, folder=HERE)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes, a thread each
+        return _run(python, "-m", "pytest", *([] if _own_processes(rest) else IN_TWO_PROCESSES), *rest, folder=HERE)
     if command == "check":
-        steps = (("ruff", "check"), ("ruff", "format", "--check"), ("mypy",))
-        return max(_run(python, "-m", *step, folder=HERE) for step in steps)
+        layers = python.with_name("lint-imports.exe" if os.name == "nt" else "lint-imports")
+        steps = (
+            (python, "-m", "ruff", "check"),
+            (python, "-m", "ruff", "format", "--check"),
+            (python, "-m", "mypy"),
+            (layers,),
+        )
+        return max(_run(*step, folder=HERE) for step in steps)
     return _run(python, "-m", "spo", command, *rest)
 
 
-def _run(python: Path, *arguments: str, folder: Path | None = None) -> int:
+def _own_processes(arguments: list[str]) -> bool:
+    """Whether the user says in how many processes pytest runs, or wants a debugger, which needs one."""
+    flags = ("-n", "--numprocesses", "--pdb", "--trace")
+    return "no:xdist" in arguments or any(one.startswith(flags) for one in arguments)
+
+
+def _run(program: Path, *arguments: str, folder: Path | None = None) -> int:
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     surroundings = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     try:
-        return subprocess.run([str(python), *arguments], cwd=folder, env=surroundings).returncode
+        return subprocess.run([str(program), *arguments], cwd=folder, env=surroundings).returncode
     except KeyboardInterrupt:
         return 130
 

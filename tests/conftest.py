@@ -11,7 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.tiny_files import write_tiny_files
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # sums do not depend on how many threads share them; and workers do not share cores
 GOLDEN = Path(os.environ.get("SPO_GOLDEN_DIR") or Path(__file__).parent / "golden")
 
 
@@ -19,6 +22,12 @@ GOLDEN = Path(os.environ.get("SPO_GOLDEN_DIR") or Path(__file__).parent / "golde
 def golden() -> Callable[[str], dict[str, Tensor]]:
     """`golden("loss")` -> tensors of that recording of the published implementation."""
     return lambda name: load_file(GOLDEN / f"{name}.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `write_tiny_files`, for reading only."""
+    return write_tiny_files(tmp_path_factory.mktemp("files"))
 
 
 def half_works() -> bool:

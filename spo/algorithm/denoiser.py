@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
+
+from spo.algorithm.diffusion import denoised_from_output, network_input, timestep_of_sigma
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,6 @@ class Conditioning:
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """One after the other along the batch."""
-        import torch
 
         def join(values: Sequence[Tensor | None]) -> Tensor | None:
             return None if values[0] is None else torch.cat([value for value in values if value is not None])
@@ -95,10 +94,6 @@ class GuidedDenoiser:
         guidance_scale: float = 1.0,
     ) -> Tensor:
         """[N, C, H, W] float32 denoised. Without `uncond`, or at guidance 1, one evaluation a latent, else two."""
-        import torch
-
-        from spo.algorithm.diffusion import denoised_from_output, network_input, timestep_of_sigma
-
         x_vp = network_input(x, sigma)
         timesteps = timestep_of_sigma(sigma, self.alphas_cumprod).float().to(x.device)
         if uncond is None or guidance_scale == 1:

@@ -7,6 +7,7 @@ weights-only loader, which runs no code.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,8 +141,6 @@ def _is_text(start: bytes) -> bool:
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    import pickle
-
     import torch
 
     if path.suffix == ".safetensors":

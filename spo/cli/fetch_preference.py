@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from spo.files import size_text
 from spo.preference.download import HUB, download, find_published
 from spo.preference.official import OFFICIAL_FILES
@@ -24,8 +26,6 @@ def add_fetch_preference(command: Callable[[str, Callable[[argparse.Namespace], 
 
 
 def _run(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     remote = find_published(options.architecture, folder=options.folder, hub=options.hub)
     print(remote.text())
     if options.dry_run:

@@ -14,7 +14,9 @@ from spo.config import Config, build_config
 from spo.demo.judge import HERE, Judge, Judgement, held_out, taste_win_rate
 from spo.errors import SpoError
 from spo.headless.compare import Samples, adapter_from_file, samples
+from spo.headless.host import load_host
 from spo.images import to_picture
+from spo.preference.load import load_preference
 from spo.presets import preset
 from spo.progress import Watcher
 from spo.prompts import read_prompts
@@ -22,6 +24,7 @@ from spo.report.curves import curves
 from spo.report.grids import grid
 from spo.report.tables import table
 from spo.runs.layout import RunFiles
+from spo.training.loop import train
 
 CHECKPOINT = HERE / "demo.safetensors"
 
@@ -45,10 +48,6 @@ def run_demo(folder: Path, watched: Callable[[], AbstractContextManager[Watcher]
 
     watched  opens what shows the progress of training
     """
-    from spo.headless.host import load_host
-    from spo.preference.load import load_preference
-    from spo.training.loop import train
-
     began = time.monotonic()
     config = demo_config(folder, {"steps": steps} if steps else None)
     output, result = Path(config.run.output), folder / "result.json"
@@ -85,7 +84,13 @@ def run_demo(folder: Path, watched: Callable[[], AbstractContextManager[Watcher]
     verdicts = {name: judge.judge(column.pixels, prompts) for name, column in columns.items()}
     lines = result_table(columns, verdicts)
     save_demo_grid(columns, verdicts, prompts, folder / "grid.png")
-    facts = {"table": lines, "steps": config.optimizer.steps, "seconds": time.monotonic() - began}
+    facts = {
+        "table": lines,
+        "steps": config.optimizer.steps,
+        "seconds": time.monotonic() - began,
+        "taste": {name: float(verdict.taste.mean()) for name, verdict in verdicts.items()},
+        "win_rate": taste_win_rate(verdicts["LoRA"], verdicts["base"]).rate,
+    }
     result.write_text(json.dumps(facts, indent=2) + "\n")
     print(f"\n{lines}\n\nLoRA    {output}\ngrid    {folder / 'grid.png'}\ncurves  {folder / 'curves.png'}")
     return 0

@@ -15,6 +15,7 @@ from spo.algorithm.rollout import PoolVerdict, Rollout, RolloutSettings, Scoring
 from spo.checkpoint.hashes import short_hash
 from spo.config import Config
 from spo.headless.device import choose_device, choose_dtype
+from spo.headless.load import load_model
 from spo.headless.text import EncodedPrompts, count_chunks
 from spo.headless.vae import OUT_OF_MEMORY_ADVICE
 from spo.rng import SeededDraws
@@ -161,8 +162,6 @@ class HeadlessHost:
 
 def load_host(config: Config) -> HeadlessHost:
     """Load the configured checkpoint. Raises SpoError for what `load.load_model` refuses."""
-    from spo.headless.load import load_model
-
     device = choose_device(config.model.device)
     model = load_model(
         config.model.checkpoint,

@@ -14,6 +14,7 @@ from spo.algorithm.rollout import pool_starts
 from spo.config import Config
 from spo.errors import SpoError
 from spo.headless.device import choose_device, choose_dtype
+from spo.headless.load import empty_unet
 from spo.lora.adapter import modules_of_kinds
 from spo.preference.load import describe_preference
 from spo.training.host import ladder_of, rollout_settings
@@ -74,8 +75,6 @@ class Plan:
 
 def make_plan(config: Config, checkpoint: CheckpointInfo, prompts: Sequence[str]) -> Plan:
     """Count what a run will do. Loads no weights: the network is built without them, to count and to weigh."""
-    from spo.headless.load import empty_unet
-
     device = choose_device(config.model.device)
     dtype = choose_dtype(config.model.precision, device)
     unet = empty_unet(checkpoint)

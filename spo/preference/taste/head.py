@@ -22,6 +22,7 @@ from spo.checkpoint.tensor_file import TensorFile, read_tensors
 from spo.errors import SpoError
 from spo.files import write_whole
 from spo.preference.placement import Placement
+from spo.rng import stable_seed
 
 KIND = "taste"
 LATENT_CHANNELS = 4
@@ -122,8 +123,6 @@ def choose_pair(head: TasteHead | None, candidates: Sequence[Tensor], seed: int 
     if not candidates:
         raise ValueError("no pairs to choose from")
     if head is None:
-        from spo.rng import stable_seed
-
         return stable_seed(seed, "pair") % len(candidates)
     spread = []
     for latents in candidates:

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo.errors import SpoError, nearest
 from spo.files import write_whole
+from spo.images import to_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -187,8 +188,6 @@ class VoteFolder:
 
     def _write_pair(self, pair: VotePair) -> None:
         from safetensors.torch import save_file
-
-        from spo.images import to_picture
 
         try:
             (self.path / PAIRS).mkdir(parents=True, exist_ok=True)
