@@ -22,7 +22,10 @@ ENVIRONMENT = HERE / ".venv"
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 WINDOWS_CUDA_WHEELS = "https://download.pytorch.org/whl/cu130"
 IN_TWO_PROCESSES = ["-n", "2", "--dist", "worksteal"]
-COMMANDS = ("demo", "test", "check", "train", "compare", "inspect", "train-preference", "fetch-preference")
+COMMANDS = (
+    "demo", "test", "check", "train", "compare", "inspect",
+    "train-preference", "fetch-preference", "convert-preference",
+)  # fmt: skip
 
 
 def main() -> int:
