@@ -204,15 +204,15 @@ def _forward(layer: PeftLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if layer.disable_adapters or x.dtype == master_down.dtype:
         return type(layer).forward(layer, x, *args, **kwargs)  # type: ignore[attr-defined]
     result = layer.base_layer(x, *args, **kwargs)
-    down, up = master_down.to(x.dtype), (master_up * layer.scaling[NAME]).to(x.dtype)
+    down, up = master_down.to(x.dtype), (master_up * layer.scaling[NAME]).to(result.dtype)
     if down.ndim == 2:
-        inside, flat = functional.linear(x, down).flatten(0, -2), result.flatten(0, -2)
+        inside, flat = functional.linear(x, down).to(result.dtype).flatten(0, -2), result.flatten(0, -2)
         if torch.is_grad_enabled():
             return torch.addmm(flat, inside, up.t()).view(result.shape)
         return flat.addmm_(inside, up.t()).view(result.shape)  # into the layer's own output: nothing more to write
     inner: Any = layer.lora_A[NAME]
     inside = functional.conv2d(x, down, None, inner.stride, inner.padding, inner.dilation, inner.groups)
-    return result + functional.conv2d(inside, up)
+    return result + functional.conv2d(inside.to(result.dtype), up)
 
 
 def _weights(layer: PeftLayer) -> tuple[nn.Parameter, nn.Parameter]:

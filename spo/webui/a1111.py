@@ -831,10 +831,7 @@ def txt2img(request: PictureRequest, sampling: OwnSampling | None = None) -> Pic
 
 
 def repeat_arguments(extra_args: Mapping[str, Any], count: int) -> Mapping[str, Any]:
-    """The CFG denoiser's arguments for `count` candidates of every image, candidate-major, in one call of it.
-
-    One call, so that its step counter, which prompt editing goes by, advances once a step.
-    """
+    """The CFG denoiser's arguments for `count` candidates of every image, candidate-major, in one call of it."""
     from modules.prompt_parser import MulticondLearnedConditioning
 
     cond, image = extra_args["cond"], extra_args["image_cond"]

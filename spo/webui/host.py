@@ -140,8 +140,13 @@ class WebUIHost:
         def sample(
             model: Callable[..., Tensor], x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any], **others: Any
         ) -> Tensor:
+            def at_its_step(x: Tensor, sigma: Tensor, **arguments: Any) -> Tensor:
+                # the CFG denoiser counts its calls as steps, which prompt editing goes by; a pool may take several
+                model.step = int((sigmas - sigma[0]).abs().argmin())  # type: ignore[attr-defined]
+                return model(x, sigma, **arguments)
+
             rollout = sample_spo(
-                model, x, sigmas, extra_args, others.get("callback"),
+                at_its_step, x, sigmas, extra_args, others.get("callback"),
                 settings=settings, draws=draws, alphas_cumprod=self.alphas_cumprod.cpu(), scoring=scoring,
                 repeat=a1111.repeat_arguments,
             )  # fmt: skip

@@ -121,3 +121,29 @@ def test_refuses_a_second_adapter_and_unknown_kinds():
     adapter.remove()
     with pytest.raises(SpoError, match='did you mean "attention"'):
         modules_of_kinds(unet, ["atention"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_in_half_precision_the_adapter_computes_there_and_learns_in_float32(dtype):
+    """Against peft's own forward, which computes the adapter in float32."""
+    unet, call = network_and_call("sd15", dtype)
+    adapter = Adapter(unet, modules_of_kinds(unet, ["attention", "convolution"]), rank=4, alpha=8)
+    with torch.no_grad():
+        for weight in adapter.parameters():
+            weight.normal_(std=0.05)
+
+    def output_and_gradient():
+        output = call().float()
+        gradient = torch.autograd.grad(output.square().mean(), adapter.parameters())
+        with torch.no_grad():
+            torch.testing.assert_close(call().float(), output.detach(), rtol=2e-2, atol=2e-2)
+        return output.detach(), torch.cat([value.flatten() for value in gradient])
+
+    output, gradient = output_and_gradient()
+    for layer in adapter.layers.values():
+        del layer.forward
+    by_peft, gradient_by_peft = output_and_gradient()
+    assert gradient.dtype == torch.float32
+    similar = torch.nn.functional.cosine_similarity
+    assert float(similar(output.flatten(), by_peft.flatten(), 0)) > 0.999
+    assert float(similar(gradient, gradient_by_peft, 0)) > 0.99

@@ -7,6 +7,7 @@ The WebUI's own python runs this, on its tiny checkpoints:
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -202,6 +203,22 @@ def test_the_training_step_sees_what_the_sampler_saw(webui, tmp_path, name, arch
             with torch.no_grad():
                 found = host.denoise(x, sigma, [PROMPT], torch.tensor([step]))
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "architecture"), CHECKPOINTS[:1])
+def test_a_pool_in_several_calls_is_one_step_of_prompt_editing(webui, tmp_path, name, architecture):
+    from spo.algorithm.rollout import RolloutSettings
+    from spo.webui.host import borrowed
+
+    load(name)
+    with borrowed(config_for(tmp_path, name, architecture)) as host:
+        host.prepare([PROMPT])
+        settings = RolloutSettings(candidates=3, divert_start_step=1, threshold=0.0)
+        whole, parts = (
+            host.rollout([PROMPT], [3], dataclasses.replace(settings, candidates_per_call=size), MeanOfChannel(), None)
+            for size in (0, 1)
+        )
+    torch.testing.assert_close(parts.x, whole.x, rtol=1e-3, atol=1e-3)
 
 
 def train_tiny(folder, name, architecture, prompts=("a fox", "a boat"), **changes):
