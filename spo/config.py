@@ -233,7 +233,7 @@ NATIVE_SIZE_PX = {"sd15": 512, "sdxl": 1024}
 @cache
 def settings() -> dict[str, Setting]:
     """Every setting by name, in order."""
-    found: dict[str, Setting] = {}
+    by_name: dict[str, Setting] = {}
     for section, record in typing.get_type_hints(Config).items():
         hints = typing.get_type_hints(record)
         for item in dataclasses.fields(record):
@@ -241,9 +241,9 @@ def settings() -> dict[str, Setting]:
             default = item.default if factory is dataclasses.MISSING else factory()
             hint = hints[item.name]
             kind = list if isinstance(hint, types.GenericAlias) or typing.get_origin(hint) is tuple else hint
-            assert item.name not in found, f"two settings are called {item.name}"
-            found[item.name] = Setting(item.name, section, kind, default, **item.metadata)
-    return found
+            assert item.name not in by_name, f"two settings are called {item.name}"
+            by_name[item.name] = Setting(item.name, section, kind, default, **item.metadata)
+    return by_name
 
 
 def build_config(values: Mapping[str, Any], architecture: str = "sd15") -> Config:

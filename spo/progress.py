@@ -17,7 +17,7 @@ class StopRequested(Exception):  # noqa: N818 - not an error
 
 @dataclass(frozen=True)
 class Progress:
-    """What a watcher is told, after each rollout and each update.
+    """How far a run is, after each rollout and each update.
 
     phase  "rollout" or "training"; fraction 0 ... 1 of the whole run; eta_s None until known
     metrics  the last finished row of metrics.csv
@@ -37,7 +37,7 @@ class Watcher:
 
     should_stop  asked between updates and between steps of a rollout; True: save and end
     sample_now   asked between updates; True: sample pictures once
-    saved        told of every LoRA file that was written, while the adapter is still in place
+    saved        called with every LoRA file that was written, while the adapter is still in place
     """
 
     progress: Callable[[Progress], None] = lambda progress: None

@@ -22,7 +22,7 @@ from spo.algorithm.diffusion import denoised_from_output, network_input, timeste
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a Stable Diffusion network is told besides the latent; row n belongs to latent n.
+    """What a Stable Diffusion network takes besides the latent; row n belongs to latent n.
 
     cross_attention  [N, L, D] text features
     pooled           [N, P] pooled text features (SDXL), else None

@@ -225,8 +225,8 @@ def sample_spo(
             latents = walk.advance(latents, denoised, step)
             step += 1
             denoised = walk.denoise(latents, step) if step < walk.steps else walk.finished(latents)
-    kept = Pairs.cat(pairs) if pairs else None
-    return Rollout(denoised[0], float(ladder[-1]), kept if kept is not None and len(kept) else None, tuple(pools))
+    whole = Pairs.cat(pairs) if pairs else None
+    return Rollout(denoised[0], float(ladder[-1]), whole if whole is not None and len(whole) else None, tuple(pools))
 
 
 @dataclass(frozen=True)
@@ -358,16 +358,16 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
 
 def _pairs_of(transition: _Transition, selection: Selection, sigmas: Tensor) -> Pairs:
     """The kept pairs of one transition of a window, ordered by image. The pool's own draw starts from a shared x."""
-    kept = selection.kept.nonzero()[:, 0]
-    x_win, x_lose = (_take(transition.x, index)[kept] for index in (selection.win, selection.lose))
-    next_win, next_lose = (_take(transition.x_next, index)[kept] for index in (selection.win, selection.lose))
+    image = selection.kept.nonzero()[:, 0]
+    x_win, x_lose = (_take(transition.x, index)[image] for index in (selection.win, selection.lose))
+    next_win, next_lose = (_take(transition.x_next, index)[image] for index in (selection.win, selection.lose))
     shared = (x_win == x_lose).flatten(1).all(1)
     step = transition.step
     return Pairs(
         x_win, x_lose, next_win, next_lose, shared,
-        sigma=sigmas[step].float().to(kept.device).expand(len(kept)),
-        sigma_next=sigmas[step + 1].float().to(kept.device).expand(len(kept)),
-        image=kept,
-        step=torch.full_like(kept, step),
-        gap=selection.gap[kept],
+        sigma=sigmas[step].float().to(image.device).expand(len(image)),
+        sigma_next=sigmas[step + 1].float().to(image.device).expand(len(image)),
+        image=image,
+        step=torch.full_like(image, step),
+        gap=selection.gap[image],
     )  # fmt: skip

@@ -42,14 +42,14 @@ def modules_of_kinds(network: nn.Module, kinds: Sequence[str]) -> list[str]:
                 f'modules "{kind}" is not known; choose from {", ".join(MODULE_KINDS)}{nearest(kind, MODULE_KINDS)}.'
             )
     endings = tuple(ending for kind in kinds for ending in MODULE_KINDS[kind])
-    found = [
+    modules = [
         name
         for name, module in network.named_modules()
         if name.endswith(endings) and isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
     ]
-    if not endings or not found:
+    if not endings or not modules:
         raise SpoError(f"The network has no module of kinds {list(kinds)}; choose from {', '.join(MODULE_KINDS)}.")
-    return found
+    return modules
 
 
 class Adapter:

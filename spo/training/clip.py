@@ -173,8 +173,8 @@ def predicted_pictures(
     sigma = training_sigmas(host.alphas_cumprod)[timesteps.to(host.alphas_cumprod.device)].float().to(host.device)
     sigma = sigma.repeat_interleave(2)
     x = latents.float() + sigma[:, None, None, None] * noise.to(host.device).repeat_interleave(2, 0)
-    told = [caption for caption in captions for _ in range(2)]
-    denoised = host.denoise(x, sigma, told, torch.zeros(2 * count, dtype=torch.long, device=host.device))
+    prompts = [caption for caption in captions for _ in range(2)]
+    denoised = host.denoise(x, sigma, prompts, torch.zeros(2 * count, dtype=torch.long, device=host.device))
     return host.decode(denoised).float().unflatten(0, (count, 2))
 
 
@@ -197,12 +197,12 @@ def accuracy_by_timestep(
 
     The noise is the same at every measurement. Ties do not count.
     """
-    told = [pair for pair in pairs if pair.label_0 != 0.5]
-    found = []
+    decided = [pair for pair in pairs if pair.label_0 != 0.5]
+    accuracy = []
     for timestep in timesteps:
         right = 0
-        for start in range(0, len(told), settings.pairs_per_call):
-            some = told[start : start + settings.pairs_per_call]
+        for start in range(0, len(decided), settings.pairs_per_call):
+            some = decided[start : start + settings.pairs_per_call]
             pictures, captions = _tensors(some, settings).to(host.device), [pair.caption for pair in some]
             times = torch.full((len(some),), timestep)
             if timestep > 0:
@@ -211,9 +211,9 @@ def accuracy_by_timestep(
             scores = pair_scores(model, pictures, captions, times).cpu()
             wins = torch.tensor([pair.label_0 > 0.5 for pair in some])
             right += int(((scores[:, 0] > scores[:, 1]) == wins).sum())
-        if told:
-            found.append(Accuracy(timestep, right / len(told), len(told)))
-    return tuple(found)
+        if decided:
+            accuracy.append(Accuracy(timestep, right / len(decided), len(decided)))
+    return tuple(accuracy)
 
 
 @torch.no_grad()
@@ -272,9 +272,9 @@ class TrainingPairs:
         skipped = self.source.skipped  # what is looked over here counts in its epoch
         pairs = self.source.pairs(self.settings.seed, -1)
         ours = (pair for pair in pairs if is_held_out(pair.caption, self.settings.held_out_one_in))
-        found = [_smaller(pair, self.settings) for pair in itertools.islice(ours, self.settings.measured_pairs)]
+        smaller = [_smaller(pair, self.settings) for pair in itertools.islice(ours, self.settings.measured_pairs)]
         self.source.skipped = skipped
-        return found
+        return smaller
 
     def state_dict(self) -> dict[str, Any]:
         """See `runs.state.Stateful`."""
