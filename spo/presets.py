@@ -26,12 +26,19 @@ class Preset:
 
 
 _ONE_BY_ONE = {"gradient_checkpointing": True, "pairs_per_call": 1, "prompts_per_call": 1, "decode_batch": 1}
+_TIGHT = _ONE_BY_ONE | {"rest_on_cpu": True}
 
 _ALL = (
     Preset("paper-sd15", "Paper, SD1.5", "The settings of the paper for SD1.5.", "sd15", PRESETS["sd15"]),
     Preset("paper-sdxl", "Paper, SDXL", "The settings of the paper for SDXL.", "sdxl", PRESETS["sdxl"]),
-    Preset("8gb", "8 GB card", "One candidate at a time.", "", _ONE_BY_ONE | {"candidates_per_call": 1}),
-    Preset("12gb", "12 GB card", "One pool at a time.", "", _ONE_BY_ONE),
+    Preset(
+        "8gb",
+        "8 GB card",
+        "One candidate at a time, the network's weights in float8.",
+        "",
+        _TIGHT | {"candidates_per_call": 1, "weight_storage": "float8"},
+    ),
+    Preset("12gb", "12 GB card", "One pool at a time.", "", _TIGHT),
     Preset(
         "24gb",
         "24 GB card",

@@ -11,6 +11,7 @@ from spo.algorithm.diffusion import (
     ddim_timesteps,
     denoised_from_output,
     network_input,
+    precise,
     scaled_linear_alphas_cumprod,
     sigma_ladder,
     timestep_of_sigma,
@@ -111,3 +112,24 @@ def test_last_step_of_a_ladder_that_ends_at_zero_adds_no_noise():
 def test_bad_values_are_named(call, message):
     with pytest.raises(SpoError, match=message):
         call()
+
+
+def test_float64_is_made_on_the_cpu_where_the_device_has_none():
+    class OnMps(torch.Tensor):
+        """Stands in for a tensor on Apple's device, which refuses float64."""
+
+        device = torch.device("mps")
+
+        def double(self):
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    sigma = torch.tensor([2.0, 1.0])
+    on_mps = sigma.as_subclass(OnMps)
+    assert precise(on_mps).dtype == torch.float64
+    assert torch.equal(precise(on_mps), sigma.double())
+    step, expected = ancestral_step(on_mps, on_mps * 0.5, 1.0), ancestral_step(sigma, sigma * 0.5, 1.0)
+    assert torch.equal(step.up, expected.up) and torch.equal(step.down, expected.down)
+    assert torch.equal(precise(3.0), torch.tensor(3.0, dtype=torch.float64))
