@@ -49,12 +49,10 @@ UNTESTED_ALONE = {
     "spo.__main__": "tests/cli/test_train.py starts it",
 }
 TESTS_TO_COME = {
-    "spo.algorithm.denoiser", "spo.algorithm.preference", "spo.checkpoint.inspect", "spo.cli.convert_preference",
-    "spo.cli.fetch_preference", "spo.headless.plan", "spo.headless.weights", "spo.preference.clip.accuracy",
-    "spo.preference.clip.loss", "spo.preference.official", "spo.runs.layout", "spo.runs.metrics", "spo.runs.state",
-    "spo.training.host", "spo.training.memory", "spo.webui.api.bodies", "spo.webui.cards", "spo.webui.jobs.fetching",
-    "spo.webui.register", "spo.webui.tabs.compare", "spo.webui.tabs.runs", "spo.webui.tabs.train",
-    "spo.webui.tabs.vote",
+    "spo.algorithm.denoiser", "spo.algorithm.preference", "spo.checkpoint.inspect", "spo.headless.plan",
+    "spo.headless.weights", "spo.runs.layout", "spo.runs.metrics", "spo.runs.state", "spo.training.host",
+    "spo.training.memory", "spo.webui.api.bodies", "spo.webui.cards", "spo.webui.jobs.fetching", "spo.webui.register",
+    "spo.webui.tabs.compare", "spo.webui.tabs.runs", "spo.webui.tabs.train", "spo.webui.tabs.vote",
 }  # fmt: skip
 
 

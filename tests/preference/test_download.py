@@ -174,13 +174,3 @@ def test_what_cannot_be_checked_or_found(hub, tmp_path):
         published(hub, tmp_path)
     with pytest.raises(SpoError, match='published for "sd3"; accepted are sd15'):
         find_published("sd3", folder=tmp_path, hub=hub.url)
-
-
-def test_command_line(hub, tmp_path, capsys):
-    from spo.cli.main import main
-
-    arguments = ["fetch-preference", "sd15", "--folder", str(tmp_path / "models"), "--hub", hub.url]
-    assert main([*arguments, "--dry-run"]) == 0
-    assert "(5.12 MB)" in capsys.readouterr().out and not (tmp_path / "models").exists()
-    assert main(arguments) == 0
-    assert (tmp_path / "models" / "sd-v1-5_step-aware_preference_model.bin").read_bytes() == CONTENT

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from safetensors import safe_open
 
 from spo.checkpoint.hashes import file_sha256
-from spo.cli.main import main
 from spo.errors import SpoError
 from spo.preference.load import describe_preference, load
 from spo.preference.official import OFFICIAL_FILES, OfficialFile
@@ -97,16 +94,3 @@ def test_scores_from_the_twin_are_those_of_the_published_file(published, metadat
     half = load(published, precision="bfloat16").score(pool, ["a"] * 4)
     assert in_half(published).exists()
     assert float((exact - half).abs().max()) < 0.02 * float(exact.abs().max())
-
-
-def test_the_command_converts_any_model(tmp_path, weights, metadata, capsys):  # noqa: F811
-    torch.save(weights, tmp_path / "mine.bin")
-    assert main(["convert-preference", str(tmp_path / "mine.bin")]) == 0
-    assert "mine.half.safetensors" in capsys.readouterr().out
-    assert main(["convert-preference", str(tmp_path / "mine.bin")]) == 2
-    assert "exists already" in capsys.readouterr().err
-    flags = ["--output", str(tmp_path / "exact.safetensors"), "--precision", "float32"]
-    assert main(["convert-preference", str(tmp_path / "mine.bin"), *flags]) == 0
-    assert set(facts_of(tmp_path / "exact.safetensors")[1].values()) == {"F32"}
-    (tmp_path / "config.json").write_text(json.dumps(json.loads(metadata["clip_config"])))
-    assert load(tmp_path / "mine.half.safetensors").name == "mine.half"
