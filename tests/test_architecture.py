@@ -49,10 +49,18 @@ UNTESTED_ALONE = {
     "spo.__main__": "tests/cli/test_train.py starts it",
 }
 TESTS_TO_COME = {
-    "spo.checkpoint.inspect", "spo.headless.plan", "spo.headless.weights", "spo.webui.api.bodies", "spo.webui.cards",
-    "spo.webui.jobs.fetching", "spo.webui.register", "spo.webui.tabs.compare", "spo.webui.tabs.runs",
-    "spo.webui.tabs.train", "spo.webui.tabs.vote",
-}  # fmt: skip
+    "spo.checkpoint.inspect",
+    "spo.headless.plan",
+    "spo.headless.weights",
+    "spo.webui.api.bodies",
+    "spo.webui.cards",
+    "spo.webui.jobs.fetching",
+    "spo.webui.register",
+    "spo.webui.tabs.compare",
+    "spo.webui.tabs.runs",
+    "spo.webui.tabs.train",
+    "spo.webui.tabs.vote",
+}
 
 
 def imports(path: Path, *, everywhere: bool = True) -> set[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,11 @@ from spo.checkpoint.inspect import inspect_checkpoint
 from spo.cli.progress_bar import progress_bar
 from spo.cli.settings_flags import add_settings, given_values, require
 from spo.config import Config, build_config
+from spo.errors import SpoError
+from spo.headless.device import card_size_gib
 from spo.headless.host import load_host
-from spo.headless.plan import make_plan
+from spo.headless.memory_plan import count_memory
+from spo.headless.plan import Plan, make_plan
 from spo.preference.load import load_preference
 from spo.presets import NAMED
 from spo.prompts import read_prompts
@@ -27,7 +32,14 @@ def add_train(command: Callable[[str, Callable[[argparse.Namespace], int], str],
     parser.add_argument(
         "--preset", choices=list(NAMED), help="a named group of settings; the config file and flags win over it"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, the memory of each phase, and stop")
+    parser.add_argument(
+        "--card-gib",
+        type=float,
+        metavar="GIB",
+        help="with --dry-run: plan for a CUDA card of this size in half precision; exit code 3: it is too small",
+    )
+    parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as one JSON object")
     parser.add_argument("--resume", action="store_true", help="go on with the run of --output")
     add_settings(parser)
 
@@ -40,11 +52,35 @@ def _run(options: argparse.Namespace) -> int:
     prompts = read_prompts(config.prompt.prompts)
     if not options.resume:
         check_output(config)
+    for flag in ("card_gib", "json"):
+        if getattr(options, flag) and not options.dry_run:
+            raise SpoError(f"--{flag.replace('_', '-')} goes with --dry-run.")
     plan = make_plan(config, checkpoint, prompts)
-    print(plan.text())
     if options.dry_run:
-        return 0
+        return _dry_run(config, prompts, plan, options.card_gib, as_json=options.json)
+    print(plan.text())
     return train_headless(config, prompts, resume=options.resume)
+
+
+def _dry_run(config: Config, prompts: Sequence[str], plan: Plan, card_gib: float | None, *, as_json: bool) -> int:
+    """Print the plan with the memory of each phase. 0; 3 when the card is too small.
+
+    card_gib  of the card to plan for; None: the one that the run would use, if it uses one
+    """
+    if card_gib is not None and card_gib <= 0:
+        raise SpoError(f"--card-gib is {card_gib:g}; accepted are sizes of a card in GiB, above 0.")
+    memory = count_memory(config, prompts, on_card=card_gib is not None)
+    if card_gib is None:
+        card_gib = card_size_gib(config.model.device)
+    else:
+        plan = dataclasses.replace(plan, device="cuda", dtype=memory.precision)
+    if as_json:
+        facts = {"phases_gib": memory.phases_gib, "peak_gib": memory.peak_gib, "precision": memory.precision}
+        fits = None if card_gib is None else memory.fits(card_gib)
+        print(json.dumps({**facts, "card_gib": card_gib, "fits": fits, **dataclasses.asdict(plan)}, indent=2))
+    else:
+        print(f"{plan.text()}\n{memory.text(card_gib)}")
+    return 3 if card_gib is not None and not memory.fits(card_gib) else 0
 
 
 def train_headless(config: Config, prompts: Sequence[str], *, resume: bool) -> int:

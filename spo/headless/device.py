@@ -34,3 +34,9 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     except RuntimeError:
         raise SpoError(f"precision {precision} does not work on {device} with this PyTorch; use float32.") from None
     return dtype
+
+
+def card_size_gib(name: str) -> float | None:
+    """Memory of the CUDA card that a device's name means; None where it means something else."""
+    device = choose_device(name)
+    return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else None

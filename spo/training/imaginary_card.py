@@ -137,7 +137,7 @@ class _Boundary(TorchFunctionMode):
                 return torch.autograd.backward(*args, **{_BACKWARD.get(name, name): kwargs[name] for name in kwargs})
         if func is Tensor.cuda:
             return args[0].to(_META)
-        if any(isinstance(value, torch.device) and value == _META for value in (*args, kwargs.get("device"))):
+        if any(_is_meta_device(value) for value in (*args, kwargs.get("device"))):
             return _on_meta(func, args, kwargs)
         args = [_translated(value) for value in args]
         kwargs = {name: _translated(value) for name, value in kwargs.items()}
@@ -149,6 +149,10 @@ class _Boundary(TorchFunctionMode):
 _ABOUT_DEVICES = (torch.device, torch._C._nn._parse_to)  # which give devices back
 _BACKWARD = {"gradient": "grad_tensors"}  # Tensor.backward's name -> torch.autograd.backward's
 _FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
+
+
+def _is_meta_device(value: Any) -> bool:
+    return isinstance(value, torch.device | str) and str(value) == "meta"
 
 
 def _on_meta(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -203,6 +207,8 @@ class _Card(TorchDispatchMode):
             device = kwargs.get("device")
             if not any(map(_is_card, inputs)) and (device is None or device.type != "meta"):
                 return self._on_host(func, args, kwargs, inputs)
+            if device is None and inputs and not any(isinstance(tensor, CardTensor) for tensor in inputs):
+                return _on_meta(func, args, kwargs)  # the code's own meta tensors, apart from the card
             self.calls += 1
             if self.calls % 1000 == 0:
                 self.values.sweep()

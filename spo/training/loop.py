@@ -202,15 +202,7 @@ def train(
     sample_prompts = list(config.run.sample_prompts) or prompts[:4]
     per_update = settings.pairs_per_update * settings.accumulation
     loss = loss or configured_loss(config)
-    portions = Portions(
-        prompts=Portion("prompts_per_call", config.rollout.prompts_per_call or settings.prompts_per_batch),
-        candidates=Portion("candidates_per_call", config.rollout.candidates_per_call or config.rollout.candidates),
-        judged=Portion("prompts judged at a time", settings.prompts_per_batch),
-        pairs=Portion(
-            "pairs_per_call", min(settings.pairs_per_call or settings.pairs_per_update, settings.pairs_per_update)
-        ),
-        checkpointing=config.model.gradient_checkpointing,
-    )
+    portions = portions_of(config)
 
     # ---- May it begin, or go on? Nothing is touched before.
     facts = run_facts(config, host, stable_seed(*prompts), fingerprint(config.preference.preference))
@@ -321,7 +313,7 @@ def train(
                 if not statistics.images:
                     tick = time.monotonic()
                     batch_prompts, seeds = batch_of(position.batch, prompts, config)
-                    rollout = _roll_out(host, config, batch_prompts, seeds, preference, portions, watcher)
+                    rollout = roll_out(host, config, batch_prompts, seeds, preference, portions, watcher)
                     statistics.rollout, statistics.images = _pool_statistics(rollout.pools), len(batch_prompts)
                     position.images += len(batch_prompts)
                     position.fruitless += 1
@@ -374,7 +366,7 @@ def train(
                         scaler.update()
 
                     stepping = True
-                    _step(optimizer, scaler, adapter, watcher)
+                    optimizer_step(optimizer, scaler, adapter, watcher)
                     stepping = False
                     optimizer.zero_grad(set_to_none=True)
                     statistics.add_results(results)
@@ -451,7 +443,21 @@ def check_output(config: Config) -> None:
         raise SpoError(f'the output folder "{output.parent}" cannot be written; choose another one.')
 
 
-def _roll_out(
+def portions_of(config: Config) -> Portions:
+    """What a run of this configuration begins with."""
+    rollout, settings = config.rollout, config.optimizer
+    return Portions(
+        prompts=Portion("prompts_per_call", rollout.prompts_per_call or settings.prompts_per_batch),
+        candidates=Portion("candidates_per_call", rollout.candidates_per_call or rollout.candidates),
+        judged=Portion("prompts judged at a time", settings.prompts_per_batch),
+        pairs=Portion(
+            "pairs_per_call", min(settings.pairs_per_call or settings.pairs_per_update, settings.pairs_per_update)
+        ),
+        checkpointing=config.model.gradient_checkpointing,
+    )
+
+
+def roll_out(
     host: Host,
     config: Config,
     prompts: Sequence[str],
@@ -468,18 +474,18 @@ def _roll_out(
         if watcher.should_stop():
             raise StopRequested
 
-    def roll_out(rows: range) -> Rollout:
+    def some(rows: range) -> Rollout:
         part = slice(rows.start, rows.stop)
         settings = dataclasses.replace(rollout_settings(config), candidates_per_call=portions.candidates.size)
         return host.rollout(prompts[part], seeds[part], settings, scored, watch)
 
     count = len(prompts)
     return join_rollouts(
-        in_portions(roll_out, count, portions.prompts, watcher.log, _LESS_MEMORY, lessen=portions.lessen_rollout)
+        in_portions(some, count, portions.prompts, watcher.log, _LESS_MEMORY, lessen=portions.lessen_rollout)
     )
 
 
-def _step(optimizer: torch.optim.Optimizer, scaler: Any, adapter: Adapter, watcher: Watcher) -> None:
+def optimizer_step(optimizer: torch.optim.Optimizer, scaler: Any, adapter: Adapter, watcher: Watcher) -> None:
     """The optimizer's step. The first one makes the moments; without room for them, once more with caches emptied."""
     if optimizer.state:
         scaler.step(optimizer)
@@ -507,11 +513,11 @@ def _sample(
     plain = RolloutSettings(candidates=1, eta=config.rollout.eta)
     seeds = [config.run.sample_seed + i for i in range(len(prompts))]
 
-    def roll_out(rows: range) -> torch.Tensor:
+    def some(rows: range) -> torch.Tensor:
         part = slice(rows.start, rows.stop)
         return host.rollout(prompts[part], seeds[part], plain, None, None).x
 
-    latents = torch.cat(in_portions(roll_out, len(prompts), portions.prompts, watcher.log, _LESS_MEMORY))
+    latents = torch.cat(in_portions(some, len(prompts), portions.prompts, watcher.log, _LESS_MEMORY))
     pixels = retry_with_less(lambda: host.decode(latents), lambda: halve_decode_batch(host), watcher.log, _LESS_MEMORY)
     picture = grid([[to_picture(one) for one in pixels]], [f"step {step}"], prompts)
     files.samples.mkdir(exist_ok=True)

@@ -95,6 +95,7 @@ class Ruler(TorchDispatchMode):
         self.phases: dict[str, Peak] = {}
         self._storages: StorageFacts[_Storage] = StorageFacts()
         self._tensors = self._weights = 0  # bytes; some may be of storages that have died
+        self._in_phase = False
         self._swept = 0  # bytes of both after all storages were looked through
         self.reset_peak()
 
@@ -137,16 +138,19 @@ class Ruler(TorchDispatchMode):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """The peak inside goes to `phases[name]`; the ruler's own peak takes part in it."""
-        before, before_with_workspace = self._peak, self._peak_with_workspace
+        """The peak inside goes to `phases[name]`, and to the ruler's own; a phase within a phase counts for itself."""
+        before, before_with_workspace, is_outer = self._peak, self._peak_with_workspace, not self._in_phase
         self.reset_peak()
+        self._in_phase = True
         try:
             yield
         finally:
-            inside, inside_with_workspace = self.peak, self._peak_with_workspace
-            self.phases[name] = max(self.phases.get(name, Peak()), inside, key=lambda peak: peak.total_gib)
-            self._peak = max(before, self._peak, key=lambda peak: peak.total_gib)
-            self._peak_with_workspace = max(before_with_workspace, inside_with_workspace)
+            self.phases[name] = max(self.phases.get(name, Peak()), self.peak, key=lambda peak: peak.total_gib)
+            if is_outer:
+                self._in_phase = False
+                before = max(before, self._peak, key=lambda peak: peak.total_gib)
+                before_with_workspace = max(before_with_workspace, self._peak_with_workspace)
+            self._peak, self._peak_with_workspace = before, before_with_workspace
 
     # ---- counting
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -182,6 +184,7 @@ def test_an_adapter_leaves_no_trace(device, architecture):
         adapter.weights()
         adapter.remove()
         del adapter
+        gc.collect()  # layers of peft's hold one another
         assert ruler.current_bytes == 0
 
 
