@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from tests.tiny_files import write_tiny_files
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["SPO_CACHE_DIR"] = tempfile.mkdtemp(prefix="spo_tests_")  # hashes are not remembered in the user's
 torch.set_num_threads(1)  # sums do not depend on how many threads share them; and workers do not share cores
 GOLDEN = Path(os.environ.get("SPO_GOLDEN_DIR") or Path(__file__).parent / "golden")
 

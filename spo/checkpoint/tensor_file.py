@@ -1,7 +1,9 @@
 """The tensors of a file: names, shapes and dtypes first, the tensors themselves when asked for.
 
 Of a .safetensors file only the header is read; of a pickle (.ckpt, .pt, .bin) the tensor index, through torch's
-weights-only loader, which runs no code.
+weights-only loader, which is to run no code. Two advisories got around it, CVE-2025-32434, mended in torch 2.6, and
+CVE-2026-24747, mended in 2.10: with an older torch, such as the WebUI's 2.1, pickles are refused unless the caller
+trusts them.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from spo.errors import SpoError
 if TYPE_CHECKING:
     from torch import Tensor
 
+FIRST_SAFE_TORCH = (2, 10)
 _HEADER_LIMIT_BYTES = 100_000_000  # the safetensors library's own
 
 
@@ -49,10 +52,13 @@ class TensorFile:
     size_bytes: int
 
 
-def open_tensor_file(path: Path | str) -> TensorFile:
+def open_tensor_file(path: Path | str, *, trusted: bool = False) -> TensorFile:
     """The index of a .safetensors or pickle (.ckpt, .pt, .bin) file; which it is tells its content, not its name.
 
-    Raises SpoError for what is missing, unreadable, truncated, not such a file, or a pickle holding other things.
+    trusted  read a pickle with any torch: its content is known otherwise, by its hash
+
+    Raises SpoError for what is missing, unreadable, truncated, not such a file, a pickle holding other things, and a
+    pickle that this torch cannot read safely.
     """
     path = Path(path)
     if not path.exists():
@@ -66,6 +72,15 @@ def open_tensor_file(path: Path | str) -> TensorFile:
     except OSError as error:
         raise SpoError(f'"{path}" cannot be read: {error.strerror or error}') from error
     if is_pickle(start):
+        if not trusted and not reads_pickles_safely():
+            import torch
+
+            refuse(
+                path,
+                f"is a pickle, and PyTorch {torch.__version__} can be made to run code by one (CVE-2025-32434, "
+                "CVE-2026-24747; mended in 2.10): take the same file as .safetensors, or convert it by "
+                f'`python run.py convert "{path}"`',
+            )
         entries = {name: _entry(tensor) for name, tensor in _load_pickle(path).items()}
         return TensorFile(path, True, entries, {}, size_bytes)
     _refuse_foreign(path, start, size_bytes)
@@ -78,6 +93,13 @@ def open_tensor_file(path: Path | str) -> TensorFile:
             return TensorFile(path, False, entries, opened.metadata() or {}, size_bytes)
     except (SafetensorError, OSError) as error:
         raise SpoError(f'"{path.name}" {_what_is_wrong(path, size_bytes)}') from error
+
+
+def reads_pickles_safely() -> bool:
+    """Whether this torch's weights-only loader is without known holes."""
+    import torch
+
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= FIRST_SAFE_TORCH
 
 
 def read_tensors(file: TensorFile, names: Iterable[str]) -> dict[str, Tensor]:

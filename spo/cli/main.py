@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from spo import __version__
 from spo.cli.compare import add_compare
+from spo.cli.convert import add_convert
 from spo.cli.convert_preference import add_convert_preference
 from spo.cli.demo import add_demo
 from spo.cli.fetch_preference import add_fetch_preference
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
         add_train,
         add_compare,
         add_inspect,
+        add_convert,
         add_train_preference,
         add_fetch_preference,
         add_convert_preference,

@@ -171,6 +171,7 @@ def load_host(config: Config) -> HeadlessHost:
         prediction_type=None if config.model.prediction_type == "auto" else config.model.prediction_type,
         vae_dtype=None if config.model.vae_precision == "auto" else getattr(torch, config.model.vae_precision),
         vae_tiles=config.model.vae_tiles,
+        vae_rests=config.model.rest_on_cpu,
         taesd_path=config.model.taesd or None,
         float8=config.model.weight_storage == "float8",
     )

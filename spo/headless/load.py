@@ -48,6 +48,7 @@ def load_model(
     config_path: Path | str | None = None,
     vae_dtype: torch.dtype | None = None,
     vae_tiles: bool = False,
+    vae_rests: bool = False,
     taesd_path: Path | str | None = None,
     float8: bool = False,
 ) -> DiffusersModel:
@@ -58,6 +59,7 @@ def load_model(
                 its names or not; a whole checkpoint too), or a diffusers folder
     vae_dtype   None: float32 on a CPU or beside a float32 network, else what `vae.half_dtype` finds
     vae_tiles   decode in tiles from the beginning
+    vae_rests   keep the VAE's weights in main memory, and on the device only while it is used
     taesd_path  a TAESD that decodes in the VAE's place
     float8      store the UNet's weights in float8, see there
 
@@ -72,7 +74,7 @@ def load_model(
     if dtype == torch.float32 and vae_dtype is None:
         vae_dtype = torch.float32
     try:
-        vae = _load_vae(info, None if vae_path is None else Path(vae_path), device, vae_dtype, vae_tiles)
+        vae = _load_vae(info, None if vae_path is None else Path(vae_path), device, vae_dtype, vae_tiles, vae_rests)
         if taesd_path is None:
             vae.use("decoder")
         tiny_dtype = torch.float32 if device.type == "cpu" else dtype
@@ -182,19 +184,26 @@ def _unet_config(shape: UNetShape) -> dict[str, Any]:
 
 
 def _load_vae(
-    info: CheckpointInfo, override: Path | None, device: torch.device, dtype: torch.dtype | None, tiles: bool
+    info: CheckpointInfo,
+    override: Path | None,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    tiles: bool,
+    rests: bool,
 ) -> Vae:
     """The VAE without weights; it reads them when they are needed, but what is missing is said now."""
     network, source = _vae_and_source(info, override)
     source.check(network, f"VAE in {(override or info.path).name}")
     ready(network, device)
 
-    def read(side: Side, dtype: torch.dtype) -> None:
+    def read(side: Side, device: torch.device, dtype: torch.dtype) -> None:
         parts = {"decoder": ("decoder.", "post_quant_conv."), "encoder": ("encoder.", "quant_conv.")}
         source.fill(network, device, dtype, only=parts[side])
         network.requires_grad_(False)
 
-    return Vae(network, read, scale_factor=info.scale_factor, device=device, dtype=dtype, tiled=tiles)
+    return Vae(
+        network, read, scale_factor=info.scale_factor, device=device, dtype=dtype, tiled=tiles, rest_on_cpu=rests
+    )
 
 
 def _vae_and_source(info: CheckpointInfo, override: Path | None) -> tuple[Any, Source]:

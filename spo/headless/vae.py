@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from spo.errors import SpoError
+from spo.resting import Resting
 
 PIXELS_AT_A_TIME = 2**20  # one picture of 1024 x 1024, four of 512 x 512
 OUT_OF_MEMORY_ADVICE = "take smaller pictures, a TAESD decoder (taesd), or free memory that other programs hold"
@@ -35,31 +37,44 @@ class Vae:
     def __init__(
         self,
         network: Any,
-        read: Callable[[Side, torch.dtype], None],
+        read: Callable[[Side, torch.device, torch.dtype], None],
         *,
         scale_factor: float,
         device: torch.device,
         dtype: torch.dtype | None = None,
         tiled: bool = False,
+        rest_on_cpu: bool = False,
     ) -> None:
-        """read   gives the network the weights of a side, in a dtype, on the device
-        dtype  None: what a trial finds on a GPU, float32 on a CPU"""
+        """read   gives the network the weights of a side, on a device, in a dtype
+        dtype  None: what a trial finds on a GPU, float32 on a CPU
+        rest_on_cpu  weights wait in main memory and come to the device for each call"""
         self.network = network
         self.scale_factor = scale_factor
         self.device = device
         self.tiled = tiled
         self._read = read
+        self._rests = rest_on_cpu and device.type != "cpu"
+        self._resting: Resting | None = None
         self._sides: set[Side] = set()
         self.dtype = dtype or torch.float32
         if dtype is None and device.type != "cpu":
             self.use("decoder")
-            self._change_dtype(half_dtype(largest_activation(network, device), device))
+            with self._awake():
+                largest = largest_activation(network, device)
+            self._change_dtype(half_dtype(largest, device))
 
     def use(self, side: Side) -> None:
         """Read the weights of that side unless they are here."""
-        if side not in self._sides:
-            self._read(side, self.dtype)
-            self._sides.add(side)
+        if side in self._sides:
+            return
+        self._read(side, torch.device("cpu") if self._rests else self.device, self.dtype)
+        self._sides.add(side)
+        if self._rests:
+            here = {name for name, value in self.network.named_parameters() if not value.is_meta}
+            self._resting = Resting(self.network, self.device, here.__contains__)
+
+    def _awake(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._resting is None else self._resting.awake()
 
     def _change_dtype(self, dtype: torch.dtype) -> None:
         """From now on; what is here is read again, since what was rounded does not come back."""
@@ -82,7 +97,8 @@ class Vae:
     def _decode(self, latents: Tensor) -> Tensor:
         (self.network.enable_tiling if self.tiled else self.network.disable_tiling)()
         scaled = latents.to(self.device, torch.float32) / self.scale_factor
-        pictures = self.network.decode(scaled.to(self.dtype)).sample.float()
+        with self._awake():
+            pictures = self.network.decode(scaled.to(self.dtype)).sample.float()
         if is_finite(pictures):
             return pictures
         self._fall_back(latents, "latents")
@@ -101,8 +117,9 @@ class Vae:
         return sample * self.scale_factor
 
     def _encode(self, pixels: Tensor) -> Tensor:
-        distribution = self.network.encode(pixels.to(self.device, self.dtype)).latent_dist
-        encoded = torch.stack([distribution.mean, distribution.std]).float()
+        with self._awake():
+            distribution = self.network.encode(pixels.to(self.device, self.dtype)).latent_dist
+            encoded = torch.stack([distribution.mean, distribution.std]).float()
         if is_finite(encoded):
             return encoded
         self._fall_back(pixels, "pictures")
@@ -131,8 +148,9 @@ class Vae:
         return "pictures decoded in tiles, which may show faint seams"
 
     def memory_bytes(self) -> int:
-        """Bytes of the weights that were read."""
-        return sum(t.numel() * t.element_size() for t in self.network.parameters() if t.device == self.device)
+        """Bytes of the weights that were read, wherever they are."""
+        is_fake = self.device.type == "meta"
+        return sum(t.numel() * t.element_size() for t in self.network.parameters() if is_fake or not t.is_meta)
 
 
 def half_dtype(largest: float, device: torch.device) -> torch.dtype:

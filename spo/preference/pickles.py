@@ -17,12 +17,11 @@ from pathlib import Path
 import torch
 
 from spo.checkpoint.hashes import file_sha256
-from spo.checkpoint.tensor_file import TensorFile, is_pickle, open_tensor_file, read_tensors
+from spo.checkpoint.tensor_file import TensorFile, is_pickle, open_tensor_file, read_tensors, reads_pickles_safely
 from spo.errors import SpoError
 from spo.files import exists_already, size_text, write_whole
 from spo.preference.official import OFFICIAL_FILES, official_architecture
 
-FIRST_SAFE_TORCH = (2, 10)
 TWIN_SUFFIX = ".half.safetensors"
 _NEVER_HALF = "logit_scale"
 
@@ -35,12 +34,7 @@ def open_model_file(path: Path) -> TensorFile:
             "(GHSA-63cw-57p8-fm3p, mended in 2.10): take the same model as .safetensors, or convert it outside the "
             f'WebUI by `python run.py convert-preference "{path}"`.'
         )
-    return open_tensor_file(path)
-
-
-def reads_pickles_safely() -> bool:
-    """Whether this torch's weights-only loader is without known holes."""
-    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= FIRST_SAFE_TORCH
+    return open_tensor_file(path, trusted=True)
 
 
 def in_half(path: Path) -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,8 +88,9 @@ class ReadSides:
     def __init__(self) -> None:
         self.sides: list[tuple[str, torch.dtype]] = []
 
-    def __call__(self, side: str, dtype: torch.dtype) -> None:
+    def __call__(self, side: str, device: torch.device, dtype: torch.dtype) -> None:
         self.sides.append((side, dtype))
+        self.device = device
 
 
 def fake_network(decode: Callable[[Tensor], Tensor]) -> Any:
@@ -159,6 +161,31 @@ def test_on_a_gpu_a_trial_in_float32_comes_first(monkeypatch: pytest.MonkeyPatch
     assert Vae(fake_network(overflows_in()), read, scale_factor=1.0, device=CUDA, dtype=torch.bfloat16).dtype == (
         torch.bfloat16
     )
+
+
+def test_weights_that_rest_come_for_each_picture(sd15_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another device than the CPU; here that device is the CPU once more, and only the coming and going is seen."""
+    read, awake, calls = ReadSides(), [], []
+
+    class Rest:
+        def __init__(self, network: Any, device: torch.device, moves: Callable[[str], bool]) -> None:
+            self.name = "float32" if len(read.sides) > 1 else "float16"
+
+        @contextmanager
+        def awake(self) -> Iterator[None]:
+            awake.append(self.name)
+            yield
+            awake.pop()
+
+    monkeypatch.setattr(vae, "Resting", Rest)
+    network = fake_network(lambda latents: calls.append(list(awake)) or overflows_in(torch.float16)(latents))
+    network.named_parameters = lambda: []
+    made = Vae(network, read, scale_factor=1.0, device=CUDA, dtype=torch.float16, rest_on_cpu=True)
+    made.device = CPU
+    with pytest.warns(UserWarning, match="goes on in float32"):
+        made.decode(torch.zeros(2, 4, 8, 8), batch=1)
+    assert read.device == CPU and not awake
+    assert calls == [["float16"], ["float32"], ["float32"]]  # the first picture twice, never two kinds at once
 
 
 def test_the_trial_sees_what_a_file_s_name_does_not_say(sd15: DiffusersModel) -> None:

@@ -7,4 +7,4 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def pickles_are_read(monkeypatch):
-    monkeypatch.setattr("spo.preference.pickles.FIRST_SAFE_TORCH", (2, 0))
+    monkeypatch.setattr("spo.checkpoint.tensor_file.FIRST_SAFE_TORCH", (2, 0))

@@ -23,7 +23,7 @@ NAME = OFFICIAL_FILES["sd15"].name
 
 @pytest.fixture
 def old_torch(monkeypatch):
-    monkeypatch.setattr("spo.preference.pickles.FIRST_SAFE_TORCH", (99, 0))
+    monkeypatch.setattr("spo.checkpoint.tensor_file.FIRST_SAFE_TORCH", (99, 0))
 
 
 @pytest.fixture
