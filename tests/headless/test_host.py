@@ -7,14 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spo.algorithm.diffusion import scaled_linear_alphas_cumprod
 from spo.config import build_config
 from spo.errors import SpoError
 from spo.headless.compare import adapter_from_file, pictures
 from spo.headless.host import HeadlessHost, load_host
 from spo.lora.read import read_lora
 from spo.progress import Watcher
-from spo.training.host import ladder_of, rollout_settings
+from spo.training.host import rollout_settings
 from spo.training.loop import train
 from tests.tiny_checkpoints import write_tiny_sd15, write_tiny_sdxl
 from tests.tiny_host import MeanOfChannel
@@ -108,15 +107,6 @@ def test_candidates_in_smaller_calls_give_the_same_pairs(checkpoints, tmp_path):
         pairs.append(host.rollout(PROMPTS, [1, 2], rollout_settings(config), MeanOfChannel(), None).pairs)
     assert torch.equal(pairs[0].step, pairs[1].step)
     torch.testing.assert_close(pairs[0].next_win, pairs[1].next_win, rtol=1e-3, atol=1e-3)
-
-
-def test_ladders_by_name_and_by_numbers():
-    alphas = scaled_linear_alphas_cumprod()
-    assert len(ladder_of(build_config({"sampling_steps": 7}), alphas)) == 8
-    assert ladder_of(build_config({"sigmas": "4, 2.5, 1, 0"}), alphas).tolist() == [4, 2.5, 1, 0]
-    for text, message in (("1,x", "falling numbers"), ("1,2", "cannot be a ladder")):
-        with pytest.raises(SpoError, match=message):
-            ladder_of(build_config({"sigmas": text}), alphas)
 
 
 def test_text_encoders_leave_after_prepare_and_stay_when_prompts_change(checkpoints, tmp_path):

@@ -250,25 +250,6 @@ def test_zero_terminal_snr(tmp_path: Path, sdxl: DiffusersModel) -> None:
     assert torch.equal(model.alphas_cumprod, sdxl.alphas_cumprod)
 
 
-def test_damaged_networks(tmp_path: Path) -> None:
-    path = write_tiny_sd15(tmp_path / "x.safetensors")
-    tensors = load_file(path)
-    name = "model.diffusion_model.out.0.weight"
-    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)
-    with pytest.raises(SpoError, match="UNet in x.safetensors is incomplete: 1 tensors are missing, such as conv_n"):
-        load(path)
-    save_file(tensors | {name: torch.zeros(5)}, path)
-    with pytest.raises(SpoError, match=r"does not fit: conv_norm_out.weight has the shape \[5\] where \[32\]"):
-        load(path)
-    save_file(tensors | {"model.diffusion_model.input_blocks.1.0.extra.gain": torch.zeros(5)}, path)
-    with pytest.warns(UserWarning, match="1 tensors of its UNet have no known use"):
-        load(path)
-    name = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
-    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path)
-    with pytest.raises(SpoError, match="text encoder 1 in x.safetensors is incomplete"):
-        load(path)
-
-
 def test_memory_bytes(sdxl_path: Path) -> None:
     """The text encoders and the VAE's encoder are not in memory before they are needed."""
     model = load(sdxl_path)
@@ -277,23 +258,6 @@ def test_memory_bytes(sdxl_path: Path) -> None:
     assert decoder < 0.7 * model.info.vae_parameters
     model.text_encoders, model.vae.use("encoder")
     assert model.memory_bytes() == pytest.approx(4 * model.info.parameters, rel=0.01)
-
-
-def test_weights_share_nothing_with_the_file(tmp_path: Path, sd15: DiffusersModel) -> None:
-    """Portion after portion is mapped and copied: the file may be replaced while its network is in use."""
-    path = write_tiny_sd15(tmp_path / "x.safetensors", dtype=torch.float32)
-    model = load(path)
-    path.write_bytes(bytes(path.stat().st_size))
-    expected = sd15.unet.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.unet.state_dict().items())
-
-
-def test_small_portions_give_the_same_network(
-    sdxl_path: Path, sdxl: DiffusersModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(weights, "PORTION_BYTES", 20_000)
-    model = load(sdxl_path)
-    assert_same_weights(model, tiny_sdxl())
 
 
 def test_memory_that_runs_out_is_said(sd15_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

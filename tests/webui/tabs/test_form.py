@@ -15,7 +15,6 @@ from spo import config  # noqa: E402
 from spo.cli import main  # noqa: E402
 from spo.cli.settings_flags import given_values  # noqa: E402
 from spo.presets import NAMED  # noqa: E402
-from spo.webui import a1111  # noqa: E402
 from spo.webui.api import bodies, routes  # noqa: E402
 from spo.webui.jobs import job, training  # noqa: E402
 from spo.webui.tabs import form  # noqa: E402
@@ -125,18 +124,3 @@ def test_the_users_own_changes_stay_when_the_checkpoint_changes(no_webui):
     chosen = form.refilled(list(fields.values()), before, form.Filling("quick", "sdxl"), ("negative_prompt",))
     chosen = dict(zip(form.names(), chosen, strict=True))
     assert (chosen["beta"], chosen["negative_prompt"], chosen["steps"]) == (10.0, "bad", 60)
-
-
-@pytest.mark.parametrize(
-    ("now", "architecture", "file_name", "usual"),
-    [
-        ("", "", "", "paper-sd15"),
-        ("", "sdxl", "x.safetensors", "paper-sdxl"),
-        ("paper-sd15", "sdxl", "x.safetensors", "paper-sdxl"),
-        ("12gb", "sdxl", "x.safetensors", "12gb"),
-        ("12gb", "sd15", "spo-demo.safetensors", "demo"),
-        ("demo", "sd15", "x.safetensors", "paper-sd15"),
-    ],
-)
-def test_the_preset_follows_the_checkpoint(now, architecture, file_name, usual):
-    assert train_tab._usual_preset(now, a1111.Glance(architecture, file_name)) == usual
