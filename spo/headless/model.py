@@ -68,6 +68,8 @@ class DiffusersModel:
 
     def rest_text_encoders(self, *, keep: bool) -> None:
         """Off the device, when prompts are encoded: to the CPU's memory, or, without `keep`, out of it altogether."""
+        if keep and self.device.type == "cpu":
+            return  # they rest where they work
         if self._text_encoders is not None and keep:
             self._text_encoders.to(torch.device("cpu"))
         if not keep:

@@ -198,22 +198,20 @@ def accuracy_by_timestep(
     The noise is the same at every measurement. Ties do not count.
     """
     decided = [pair for pair in pairs if pair.label_0 != 0.5]
-    accuracy = []
-    for timestep in timesteps:
-        right = 0
-        for start in range(0, len(decided), settings.pairs_per_call):
-            some = decided[start : start + settings.pairs_per_call]
-            pictures, captions = _tensors(some, settings).to(host.device), [pair.caption for pair in some]
+    right = dict.fromkeys(timesteps, 0)
+    for start in range(0, len(decided), settings.pairs_per_call):
+        some = decided[start : start + settings.pairs_per_call]
+        pictures, captions = _tensors(some, settings).to(host.device), [pair.caption for pair in some]
+        wins = torch.tensor([pair.label_0 > 0.5 for pair in some])
+        for timestep in timesteps:  # within a portion, whose captions are encoded once
             times = torch.full((len(some),), timestep)
+            judged = pictures
             if timestep > 0:
                 position = (settings.seed, "measured", timestep, start)
-                pictures = predicted_pictures(host, pictures, captions, times, position)
-            scores = pair_scores(model, pictures, captions, times).cpu()
-            wins = torch.tensor([pair.label_0 > 0.5 for pair in some])
-            right += int(((scores[:, 0] > scores[:, 1]) == wins).sum())
-        if decided:
-            accuracy.append(Accuracy(timestep, right / len(decided), len(decided)))
-    return tuple(accuracy)
+                judged = predicted_pictures(host, pictures, captions, times, position)
+            scores = pair_scores(model, judged, captions, times).cpu()
+            right[timestep] += int(((scores[:, 0] > scores[:, 1]) == wins).sum())
+    return tuple(Accuracy(timestep, right[timestep] / len(decided), len(decided)) for timestep in timesteps if decided)
 
 
 @torch.no_grad()
