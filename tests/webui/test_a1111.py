@@ -32,6 +32,15 @@ def train_tiny(folder, name, preference=None, **changes):
         return train(borrowed_host, config, ["a fox", "a boat"], preference or MeanOfChannel())
 
 
+def load_afresh(info):
+    """Load a checkpoint as at the WebUI's start; what it empties on the way leaves the list to reuse from."""
+    from modules import sd_models
+
+    model = sd_models.load_model(info)
+    sd_models.model_data.loaded_sd_models[:] = [model]
+    return model
+
+
 def same_lora(first, second):
     """Whether two runs' LoRAs are equal to the bit."""
     one, other = read_lora(first.output).layers, read_lora(second.output).layers
@@ -49,11 +58,11 @@ def started_with(webui, monkeypatch):
     def start(flag, name):
         monkeypatch.setattr(shared.cmd_opts, flag, True)
         info = host.load(name).sd_checkpoint_info
-        return sd_models.load_model(info)
+        return load_afresh(info)
 
     yield start
     monkeypatch.undo()
-    sd_models.load_model(sd_models.model_data.sd_model.sd_checkpoint_info)
+    load_afresh(sd_models.model_data.sd_model.sd_checkpoint_info)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -246,7 +255,7 @@ def test_what_is_chosen_in_the_middle_waits_for_the_end(webui, tmp_path, monkeyp
         assert torch.float8_e4m3fn in {value.dtype for value in model.model.diffusion_model.parameters()}
     monkeypatch.undo()
     for _ in range(2):  # the first time after FP8, the WebUI itself loads by way of half precision
-        sd_models.load_model(sd_models.select_checkpoint())
+        load_afresh(sd_models.select_checkpoint())
     assert np.array_equal(host.txt2img("Euler a"), before)
 
 
