@@ -61,16 +61,16 @@ def load(name, ending=".safetensors"):
     return sd_models.model_data.get_sd_model()
 
 
-def txt2img(sampler_name, *, prompt=PROMPT, seed=7, scheduler="Karras", size=128):
+def txt2img(sampler_name, *, prompt=PROMPT, seed=7, scheduler="Karras", size=128, steps=8, pictures=2):
     from modules import processing, shared
 
     p = processing.StableDiffusionProcessingTxt2Img(
-        sd_model=shared.sd_model, prompt=prompt, negative_prompt="bad", seed=seed, steps=8, cfg_scale=5, width=size,
-        height=size, sampler_name=sampler_name, scheduler=scheduler, batch_size=2, do_not_save_samples=True,
+        sd_model=shared.sd_model, prompt=prompt, negative_prompt="bad", seed=seed, steps=steps, cfg_scale=5, width=size,
+        height=size, sampler_name=sampler_name, scheduler=scheduler, batch_size=pictures, do_not_save_samples=True,
         do_not_save_grid=True,
     )  # fmt: skip
     try:
-        return np.stack([np.asarray(image) for image in processing.process_images(p).images[-2:]]).astype(int)
+        return np.stack([np.asarray(image) for image in processing.process_images(p).images[-pictures:]]).astype(int)
     finally:
         p.close()
 
