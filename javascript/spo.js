@@ -1,17 +1,29 @@
 "use strict";
 
-// The SPO tab's page side: follow the work that is going on, send a LoRA to txt2img. Everything else is the server's.
+// The SPO tab's page side: follow the work that goes on, send a LoRA to txt2img, keys. Everything else is the server's.
 (function() {
     const REFRESH_MS = 1500;
+    const IDLE_REFRESH_MS = 10000; // another page may have begun something
     let following = null;
     let lastRefresh = 0;
+    let lists = null;
+    let tryingDemo = false;
 
     function find(id) {
         return gradioApp().getElementById(id);
     }
 
+    function click(id) {
+        const button = find(id);
+        if (button) button.click();
+    }
+
     function status() {
         return gradioApp().querySelector("#spo_status .spo-status");
+    }
+
+    function isLive(shown) {
+        return Boolean(shown) && (shown.dataset.live === "1" || shown.dataset.download === "1");
     }
 
     function visible() {
@@ -19,81 +31,150 @@
         return Boolean(tab) && tab.offsetParent !== null && !document.hidden;
     }
 
-    function refresh(force) {
-        const button = find("spo_refresh");
-        const now = Date.now();
-        if (button && (force || (visible() && now - lastRefresh >= REFRESH_MS))) {
-            lastRefresh = now;
-            button.click();
-        }
+    function refresh() {
+        lastRefresh = Date.now();
+        click("spo_refresh");
     }
 
+    setInterval(function() {
+        const wait = isLive(status()) ? REFRESH_MS : IDLE_REFRESH_MS;
+        if (visible() && Date.now() - lastRefresh >= wait) refresh();
+    }, 500);
+
+    // The WebUI's own progress bar, on the tab where the work was begun
     function follow() {
         const shown = status();
         if (!shown || shown.dataset.live !== "1" || following === shown.dataset.task) return;
         const container = find(shown.dataset.kind === "comparison" ? "spo_compare_progress" : "spo_progress");
         if (!container) return;
-        const task = shown.dataset.task;
-        following = task;
-        if (shown.dataset.kind === "download") { // not in the WebUI's queue, so its progress knows nothing of it
-            const timer = setInterval(function() {
-                const now = status();
-                if (now && now.dataset.task === task && now.dataset.live === "1") {
-                    refresh(false);
-                } else {
-                    clearInterval(timer);
-                    following = null;
-                }
-            }, 1000);
-            return;
-        }
-        requestProgress(task, container, null, function() {
+        following = shown.dataset.task;
+        requestProgress(following, container, null, function() {
             setTimeout(function() {
                 following = null;
-                refresh(true);
+                refresh();
             }, 500);
-        }, function() {
-            refresh(false);
         });
     }
 
-    // The Compare tab shows a comparison's status, too: one job, one status, on the tab where it was begun.
-    function mirror() {
+    // Lists of files are read anew when the server says that they may have changed
+    function followLists() {
         const shown = status();
-        const place = find("spo_compare_status");
-        if (!shown || !place || shown.dataset.kind !== "comparison") return;
-        const inner = place.querySelector(".prose") || place;
-        const version = shown.dataset.task + " " + shown.dataset.version;
-        if (inner.dataset.shown === version) return;
-        inner.dataset.shown = version;
-        const copy = shown.cloneNode(true);
-        copy.classList.add("spo-mirror");
-        inner.replaceChildren(copy);
+        if (!shown || !shown.dataset.lists || shown.dataset.lists === lists) return;
+        lists = shown.dataset.lists;
+        click("spo_lists");
     }
 
+    function setField(id, value) {
+        const box = gradioApp().querySelector("#" + id + " textarea, #" + id + " input[type=number], #" + id + " input");
+        if (!box || value === undefined || value === "") return;
+        box.value = value;
+        updateInput(box);
+    }
+
+    // With an empty prompt, a picture of the run's own prompt and size; else the LoRA is added to what is there
     function sendToTxt2img() {
         const shown = status();
         const box = gradioApp().querySelector("#txt2img_prompt textarea");
-        const name = shown ? shown.dataset.lora : "";
-        if (!name || !box) return;
-        const tag = "<lora:" + name + ":1>";
-        if (!box.value.includes("<lora:" + name + ":")) {
-            box.value = (box.value.trim() + " " + tag).trim();
-            updateInput(box);
+        if (!shown || !shown.dataset.lora || !box) return;
+        const { lora, prompt, negative, width, height, steps, cfg } = shown.dataset;
+        if (!box.value.trim()) {
+            box.value = prompt || "";
+            setField("txt2img_neg_prompt", negative);
+            setField("txt2img_width", width);
+            setField("txt2img_height", height);
+            setField("txt2img_steps", steps);
+            setField("txt2img_cfg_scale", cfg);
         }
+        if (!box.value.includes("<lora:" + lora + ":")) box.value = (box.value.trim() + " <lora:" + lora + ":1>").trim();
+        updateInput(box);
         switch_to_txt2img();
     }
 
-    function switchTo(number) {
-        const tabs = gradioApp().querySelectorAll("#spo_tabs > .tab-nav button");
-        if (tabs[number]) tabs[number].click();
+    function switchTo(id) {
+        const tabs = [...gradioApp().querySelectorAll("#spo_tabs > .tabitem")];
+        const buttons = gradioApp().querySelectorAll("#spo_tabs > .tab-nav button");
+        const number = tabs.findIndex((tab) => tab.id === id);
+        if (buttons[number]) buttons[number].click();
     }
 
     window.spo_send_to_txt2img = sendToTxt2img;
-    window.spo_to_compare = function(prompts) {
-        switchTo(2);
-        return [prompts];
+    window.spo_refresh_now = refresh;
+    window.spo_to_compare = function() {
+        switchTo("spo_tab_compare");
+        return [];
     };
+    window.spo_to_vote = function(...given) {
+        switchTo("spo_tab_preference");
+        return given;
+    };
+    window.spo_follow = function() {
+        refresh();
+        switchTo("spo_tab_train");
+    };
+    window.spo_confirm_delete = function(name, all) {
+        return confirm(all ? "Delete the run and its LoRA files?" : "Delete the run? Its LoRA files stay.") ? [name, all] : ["", all];
+    };
+
+    // ---- the newcomer's box: hidden once, hidden for ever in this browser
+
+    window.spo_hide_newcomer = function() {
+        localStorage.setItem("spo_newcomer", "hidden");
+        hideNewcomer();
+    };
+
+    function hideNewcomer() {
+        const box = find("spo_newcomer");
+        if (box && localStorage.getItem("spo_newcomer") === "hidden") box.style.display = "none";
+    }
+
+    window.spo_try_demo = function() {
+        tryingDemo = true;
+        return [];
+    };
+
+    // The server chose the demo checkpoint; the list at the top of the page is to say so, too
+    function followDemo() {
+        const shown = status();
+        const title = shown ? shown.dataset.checkpoint : "";
+        if (!tryingDemo || !title || !title.startsWith("spo-demo") || shown.dataset.phase === "waiting") return;
+        tryingDemo = false;
+        click("refresh_sd_model_checkpoint");
+        setTimeout(function() {
+            selectCheckpoint(title);
+        }, 1500);
+    }
+
+    // ---- pictures look large when they are clicked; Escape or a click closes
+
+    function zoomed() {
+        let dialog = document.getElementById("spo_large");
+        if (!dialog) {
+            dialog = document.createElement("dialog");
+            dialog.id = "spo_large";
+            dialog.setAttribute("aria-label", "Large picture");
+            dialog.addEventListener("click", function() {
+                dialog.close();
+            });
+            document.body.append(dialog);
+        }
+        return dialog;
+    }
+
+    document.addEventListener("click", function(event) {
+        const button = event.composedPath().find((one) => one.classList && one.classList.contains("spo-zoom"));
+        if (!button) return;
+        const row = button.closest(".spo-together");
+        const pictures = row ? [...row.querySelectorAll(".spo-zoom img")] : [button.querySelector("img")];
+        const dialog = zoomed();
+        dialog.replaceChildren(...pictures.map(function(picture) {
+            const large = document.createElement("img");
+            large.src = picture.src;
+            large.alt = picture.alt;
+            return large;
+        }));
+        dialog.showModal();
+    });
+
     // ---- voting: the next pair is fetched when it is ready; keys vote
 
     const VOTE_KEYS = {
@@ -108,8 +189,7 @@
 
     setInterval(function() {
         const shown = votePair();
-        const button = find("spo_vote_refresh");
-        if (shown && button && shown.dataset.ready === "0" && !document.hidden) button.click();
+        if (shown && shown.dataset.ready === "0" && !document.hidden) click("spo_vote_refresh");
     }, 700);
 
     document.addEventListener("keydown", function(event) {
@@ -127,19 +207,10 @@
         const shown = votePair();
         return [shown ? shown.dataset.pair : ""];
     };
-    window.spo_refresh_now = function() {
-        refresh(true);
-    };
-    window.spo_follow = function() {
-        refresh(true);
-        switchTo(0);
-    };
-    window.spo_confirm_delete = function(name, all) {
-        return confirm(all ? "Delete the run and its LoRA files?" : "Delete the run? Its LoRA files stay.") ? [name, all] : ["", all];
-    };
 
-    // The preset and the preference model follow the checkpoint at the top of the page; loading it takes a while, so
-    // the server is asked until it has the one that is named there.
+    // ---- preset and preference model follow the checkpoint at the top of the page; loading it takes a while, so the
+    // server is asked until it has the one that is named there
+
     let asked = null;
 
     function chosenCheckpoint() {
@@ -154,10 +225,9 @@
 
     function askUntilLoaded(checkpoint, times) {
         const filled = gradioApp().querySelector("#spo_filled textarea, #spo_filled input");
-        const file = filled ? filled.value.split("|")[2] : "";
+        const file = filled ? filled.value.split("|").slice(3).join("|") : "";
         if (checkpoint !== chosenCheckpoint() || times <= 0 || stem(file) === stem(checkpoint)) return;
-        const hello = find("spo_hello");
-        if (hello) hello.click();
+        click("spo_hello");
         setTimeout(function() {
             askUntilLoaded(checkpoint, times - 1);
         }, 3000);
@@ -173,19 +243,22 @@
     }
 
     onUiLoaded(function() {
+        hideNewcomer();
         setTimeout(function() {
-            const hello = find("spo_hello");
-            if (hello) hello.click();
+            click("spo_hello");
+            refresh();
         }, 300);
         gradioApp().querySelector("#tabs").addEventListener("click", function() {
             setTimeout(function() {
-                refresh(false);
+                if (visible() && Date.now() - lastRefresh >= REFRESH_MS) refresh();
             }, 100);
         });
     });
     onAfterUiUpdate(function() {
+        hideNewcomer();
         followCheckpoint();
         follow();
-        mirror();
+        followLists();
+        followDemo();
     });
 })();

@@ -76,6 +76,7 @@ _ALL = (
     ),
 )
 NAMED = {preset.name: preset for preset in _ALL}
+CARDS = ("8gb", "12gb", "24gb")  # those that change memory only
 
 
 def preset(name: str) -> Preset:

@@ -8,10 +8,8 @@ import pytest
 
 from spo.config import PRESETS, build_config
 from spo.errors import SpoError
-from spo.presets import NAMED, preset
+from spo.presets import CARDS, NAMED, preset
 from spo.training.resume import FREE
-
-CARDS = ("8gb", "12gb", "24gb")
 
 
 @pytest.mark.parametrize("architecture", PRESETS)

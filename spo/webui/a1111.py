@@ -66,6 +66,23 @@ def device() -> torch.device:
     return shared.device
 
 
+@dataclass(frozen=True)
+class Card:
+    """The graphics card that the WebUI computes on. total_gib: its memory."""
+
+    name: str
+    total_gib: float
+
+
+def card() -> Card | None:
+    """The CUDA card in use; None on anything else."""
+    place = device()
+    if place.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(place)
+    return Card(found.name, found.total_memory / 2**30)
+
+
 def clip_skip() -> int:
     """The Clip skip setting: 1 is the text encoder's last layer."""
     from modules import shared
@@ -258,6 +275,22 @@ def load_afresh(checkpoint: Checkpoint) -> None:
     model = checkpoint.model
     if sd_models.model_data.sd_model is model and model.sd_checkpoint_info is not checkpoint.info:
         sd_models.reload_model_weights(model, info=model.sd_checkpoint_info, forced_reload=True)
+
+
+def load_checkpoint(file_name: str) -> None:
+    """Choose the checkpoint in this file, as at the top of the page, and load it. Hold the queue. SpoError for none."""
+    from modules import sd_models, shared
+
+    known = {Path(info.filename).name: info for info in sd_models.checkpoints_list.values()}
+    if file_name not in known:
+        raise SpoError(f"The WebUI does not list {file_name} among its checkpoints; refresh the list and choose it.")
+    shared.opts.set("sd_model_checkpoint", known[file_name].title, run_callbacks=False)
+    sd_models.reload_model_weights()
+
+
+def chosen_title() -> str:
+    """What the list of checkpoints at the top of the page should show."""
+    return str(_option("sd_model_checkpoint") or "")
 
 
 def swap_back() -> None:
@@ -951,13 +984,12 @@ def _active_networks() -> list[Callable[[], None]]:
 # ----------------------------------------------------------------------------------------------- queue and progress bar
 
 
-def new_task(kind: str, *, queued: bool) -> str:
-    """The name of a task, by which the page's script asks for its progress; queued: to be begun by `in_queue`."""
+def new_task(kind: str) -> str:
+    """The name of a task to be begun by `in_queue`; the page's script asks for its progress by it."""
     from modules import progress
 
     task = progress.create_task_id(kind)
-    if queued:
-        progress.add_task_to_queue(task)
+    progress.add_task_to_queue(task)
     return str(task)
 
 

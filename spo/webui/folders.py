@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from spo.demo.install import FILE_NAME as DEMO_CHECKPOINT
-from spo.errors import SpoError
+from spo.errors import SpoError, nearest
 from spo.preference.load import BUNDLED, MIX, describe_preference, list_preference_models
 from spo.runs.layout import FOLDER_SUFFIX, RunFiles, split_stage
 from spo.webui import a1111
@@ -61,6 +61,15 @@ def lora_name(path: Path) -> str:
 def lora_files() -> dict[str, Path]:
     """The .safetensors files that the WebUI finds, by name (`lora_name`), sorted."""
     return {lora_name(path): path for path in sorted(a1111.lora_files(".safetensors"))}
+
+
+def lora_file(name: str) -> Path:
+    """The existing LoRA file of a name of `lora_files`. SpoError for another name, also for a path."""
+    files = lora_files()
+    if name not in files:
+        lora_path(name)  # what is no name at all gets its own sentence
+        raise SpoError(f'There is no LoRA "{name[:80]}" in the LoRA folder{nearest(name, files)}.')
+    return files[name]
 
 
 def free_name(wanted: str) -> str:
@@ -138,6 +147,19 @@ def preference_text(name: str, architecture: str) -> str:
 
 
 def preference_path(name: str) -> str:
-    """What `preference.load` takes for a name of `preference_choices`; paths and "demo" pass through."""
-    inside = preference_folder() / name
-    return str(inside) if name and name != BUNDLED and inside.exists() else name
+    """What `preference.load` takes for a name of `preference_choices`; "" stays "".
+
+    SpoError for any other name: no field may open, or find out about, a file elsewhere on this machine.
+    """
+    name = name.strip()
+    if not name or name == BUNDLED:
+        return name
+    choices = preference_choices()
+    if name not in choices:
+        raise SpoError(f'There is no preference model "{name[:80]}" in models/SPO{nearest(name, choices)}.')
+    return str(preference_folder() / name)
+
+
+def bundled_prompts() -> str:
+    """The bundled list, one prompt a line."""
+    return BUNDLED_PROMPTS.read_text(encoding="utf-8")

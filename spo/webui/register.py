@@ -6,14 +6,14 @@ from typing import Any
 
 from spo.webui import a1111, xyz
 from spo.webui.api import routes
-from spo.webui.jobs import job, voting
+from spo.webui.jobs import fetching, job, voting
 from spo.webui.tabs import tab
 
 
 def register() -> None:
     """Tab, axes, routes; and the end of our threads before a reload."""
 
-    a1111.on_start(before_page=xyz.add_axes, tabs=tab.tabs, app=_add_routes, ends=(job.end, voting.end))
+    a1111.on_start(before_page=xyz.add_axes, tabs=tab.tabs, app=_add_routes, ends=(job.end, fetching.end, voting.end))
 
 
 def _add_routes(app: Any) -> None:

@@ -49,4 +49,6 @@ def load(name: str) -> dict[str, Any]:
     preference = str(values.get("preference", ""))
     if preference and Path(preference).is_relative_to(folders.preference_folder()):
         values["preference"] = Path(preference).relative_to(folders.preference_folder()).as_posix()
+    if values.get("start_from"):
+        values["start_from"] = folders.lora_name(Path(str(values["start_from"])))
     return {key: value for key, value in values.items() if key in settings() and key not in {*HOST_OWNED, "replace"}}

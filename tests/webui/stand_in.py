@@ -50,6 +50,7 @@ def webui(monkeypatch, tmp_path):
             "prompt_styles": _Styles(),
             "opts": SimpleNamespace(CLIP_stop_at_last_layers=1),
             "walk_files": walk_files,
+            "device": torch.device("cpu"),
         },
         "sd_models": {
             "model_data": SimpleNamespace(get_sd_model=lambda: model, sd_model=model),
@@ -80,4 +81,5 @@ def webui(monkeypatch, tmp_path):
 
     monkeypatch.setattr(job, "_current", None)
     monkeypatch.setattr(job, "_thread", None)
+    monkeypatch.setattr(job, "_latest", {})
     return package

@@ -169,9 +169,9 @@ def start(body: bodies.Start) -> dict[str, Any]:
     config.build_config({**(presets.preset(body.preset).values if body.preset else {}), **given})
     _check_styles(body.styles)
     if "preference" in given:
-        _check_preference(given["preference"])
+        folders.preference_path(given["preference"])
     if given.get("start_from"):
-        given["start_from"] = _lora_file(given["start_from"])
+        folders.lora_file(given["start_from"])
     _check_free()
     request = TrainingRequest(body.name, body.prompts, given, body.styles, body.resume, body.preset)
     return status(start_training(request))
@@ -183,7 +183,7 @@ def compare(body: bodies.Compare) -> dict[str, Any]:
     for name in body.loras:
         if name not in files:
             folders.lora_path(name)
-    _check_preference(body.preference)
+    folders.preference_path(body.preference)
     _check_free()
     return status(comparison.start_comparison(comparison.CompareRequest(**dict(body))))
 
@@ -206,25 +206,10 @@ def _check_free() -> None:
         raise job.BusyError(f'"{now.name}" is still going on; stop it or wait for its end.')
 
 
-def _check_preference(name: str) -> None:
-    """Only what is offered: a name from outside must not open a file elsewhere on this machine."""
-    choices = folders.preference_choices()
-    if name and name not in choices:
-        raise SpoError(f'preference is "{name}"{nearest(name, choices)}; accepted are {", ".join(choices)}.')
-
-
 def _check_styles(names: list[str]) -> None:
     for name in names:
         if name not in (known := a1111.style_names()):
             raise SpoError(f'style "{name}" is not known{nearest(name, known)}.')
-
-
-def _lora_file(name: str) -> str:
-    files = folders.lora_files()
-    if name not in files:
-        folders.lora_path(name)
-        raise SpoError(f'start_from is "{name}"; there is no such file in the LoRA folder{nearest(name, files)}.')
-    return str(files[name])
 
 
 def status(now: job.Job | None) -> dict[str, Any]:

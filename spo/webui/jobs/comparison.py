@@ -132,7 +132,7 @@ def _prepare(request: CompareRequest) -> _Plan:
         checkpoint=checkpoint,
         width=_side("width", request.width, checkpoint.architecture),
         height=_side("height", request.height, checkpoint.architecture),
-        preference=_preference(request.preference),
+        preference=folders.preference_path(request.preference),
     )
 
 
@@ -168,14 +168,6 @@ def _side(name: str, px: int, architecture: str) -> int:
     if px and (px % 8 or not 64 <= px <= 4096):
         raise SpoError(f"{name} {px} cannot be used; give a multiple of 8 from 64 to 4096, or 0 for the usual size.")
     return px or NATIVE_SIZE_PX[architecture]
-
-
-def _preference(name: str) -> str:
-    path = folders.preference_path(name.strip())
-    if path and path != "demo" and not Path(path).is_file():
-        hint = nearest(name, folders.preference_choices())
-        raise SpoError(f'There is no preference model "{name}" in {folders.preference_folder()}{hint}.')
-    return path
 
 
 def _lora_path(name: str) -> Path:

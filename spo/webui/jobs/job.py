@@ -1,7 +1,7 @@
 """One piece of work at a time on the loaded checkpoint, in a thread of its own, in the WebUI's queue.
 
 The page and the API only start, watch and stop it: closing the browser changes nothing, and another page that is
-opened shows the same work.
+opened shows the same work. Downloads are beside it (see `fetching`).
 """
 
 from __future__ import annotations
@@ -40,6 +40,20 @@ class PoolPictures:
     step: int
     timestep: int
     prompt: str
+    made_s: float = field(default_factory=time.time)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture that shows what a run does: prompt and settings for txt2img; prompts: some of the run's."""
+
+    prompts: list[str]
+    negative_prompt: str
+    width: int
+    height: int
+    sampling_steps: int
+    guidance_scale: float
+    preference: str
 
 
 @dataclass
@@ -52,6 +66,7 @@ class Job:
     fraction   0 ... 1; eta_s None until known
     message    one sentence for the user; log: what happened on the way
     rows       of metrics so far; pool: the last one shown; picture: newest sample grid or the comparison's
+    example    of a training run: what to look at its LoRA with
     """
 
     kind: str
@@ -66,10 +81,12 @@ class Job:
     pool: PoolPictures | None = None
     picture: Path | None = None
     output: Path | None = None
+    example: Example | None = None
     table: str = ""
     log: deque[str] = field(default_factory=lambda: deque(maxlen=200))
     version: int = 0
     looked_at_s: float = 0.0
+    begun_s: float = field(default_factory=time.time)
     stop_wanted: str = ""
     sample_wanted: bool = False
 
@@ -101,6 +118,7 @@ class Job:
 
 _lock = threading.Lock()
 _current: Job | None = None
+_latest: dict[str, Job] = {}  # kind -> the last work of that kind
 _thread: threading.Thread | None = None
 
 
@@ -109,26 +127,30 @@ def current() -> Job | None:
     return _current
 
 
+def latest(*kinds: str) -> Job | None:
+    """The last work of these kinds, be it over or not."""
+    jobs = [_latest[kind] for kind in kinds if kind in _latest]
+    return max(jobs, key=lambda job: job.begun_s) if jobs else None
+
+
 def ready_checkpoint() -> a1111.Checkpoint:
     """The checkpoint that work begun now would be on: the chosen one, but the loaded one while work goes on."""
     return a1111.loaded_checkpoint() if _current is not None and _current.live else a1111.chosen_checkpoint()
 
 
-def start(kind: str, name: str, work: Callable[[Job], None], *, queued: bool = True) -> Job:
+def start(kind: str, name: str, work: Callable[[Job], None]) -> Job:
     """Begin `work` in the WebUI's queue and return at once. Raises SpoError while other work of ours goes on.
 
-    work    ends by returning (phase "finished" unless it set another), by SpoError or by any other exception
-    queued  off: it does not touch the checkpoint, so generation need not wait for it
+    work  ends by returning (phase "finished" unless it set another), by SpoError or by any other exception
     """
     global _current, _thread
     with _lock:
         if _thread is not None and _thread.is_alive():
             assert _current is not None
             raise BusyError(f'"{_current.name}" is still going on; stop it or wait for its end.')
-        job = Job(kind, name, a1111.new_task("spo", queued=queued))
-        _current = job
-        run = _run_queued if queued else _run
-        _thread = threading.Thread(target=run, args=(job, work), name=f"spo {kind}", daemon=True)
+        job = Job(kind, name, a1111.new_task("spo"))
+        _current = _latest[kind] = job
+        _thread = threading.Thread(target=_run_queued, args=(job, work), name=f"spo {kind}", daemon=True)
         _thread.start()
     return job
 
@@ -158,11 +180,11 @@ def end(timeout_s: float = 120.0) -> None:
 
 def _run_queued(job: Job, work: Callable[[Job], None]) -> None:
     with a1111.in_queue(job.task, job.task):
-        _run(job, work)
+        run(job, work)
     job.version += 1
 
 
-def _run(job: Job, work: Callable[[Job], None]) -> None:
+def run(job: Job, work: Callable[[Job], None]) -> None:
     """Do the work; however it ends, the job says so."""
     try:
         if job.stop_wanted:

@@ -17,6 +17,7 @@ from spo.checkpoint.tensor_file import TensorEntry, TensorFile
 from spo.checkpoint.webui_yaml import prediction_word
 from spo.config import Config, build_config, read_config_file
 from spo.demo.install import FILE_NAME as DEMO_CHECKPOINT
+from spo.demo.install import install_demo
 from spo.errors import SpoError
 from spo.headless.plan import make_plan
 from spo.images import to_picture
@@ -29,7 +30,7 @@ from spo.runs.layout import RunFiles
 from spo.training.loop import TrainingReport, check_output, train
 from spo.webui import a1111, cards, folders, runs
 from spo.webui.host import borrowed
-from spo.webui.jobs.job import Job, PoolPictures, ready_checkpoint, start
+from spo.webui.jobs.job import Example, Job, PoolPictures, ready_checkpoint, start
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +54,8 @@ HOST_OWNED = {
     "run_folder": "the LoRA name",
     "prompts": "the prompts given",
 }
-POOL_PX = 192
+POOL_PX = 512
+DEMO_UPDATES = 60  # the LoRA wins nine in ten pairs from 30 on (docs/demo.md)
 _SAFETENSORS_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
 
 
@@ -113,11 +115,14 @@ def prepare(request: TrainingRequest) -> Prepared:
         values["negative_prompt"] = a1111.with_styles(values.get("negative_prompt", ""), styles, negative=True)
     if not prompts:
         raise SpoError("There are no prompts; write some, one a line, choose a file, or take the bundled list.")
-    values["preference"] = folders.preference_path(str(values.get("preference", "") or ""))
+    if not request.resume or "preference" in request.settings:
+        values["preference"] = folders.preference_path(str(values.get("preference", "") or ""))
+    if request.settings.get("start_from"):
+        values["start_from"] = str(folders.lora_file(str(request.settings["start_from"])))
     if not values["preference"]:
         raise SpoError(
-            "No preference model is chosen. Fetch the published one for the loaded checkpoint (5.2 GB, a button under "
-            "Published preference models), or vote in the Vote tab and fit one to your votes; then choose it."
+            "No preference model is chosen. Download the published one for the loaded checkpoint (5.2 GB) in the "
+            "Preference tab, or vote there and fit one to your votes; then choose it."
         )
     if values["preference"] == BUNDLED and checkpoint.file.name != DEMO_CHECKPOINT:
         raise SpoError(
@@ -165,9 +170,40 @@ def start_training(request: TrainingRequest) -> Job:
     )
 
 
+def start_demo() -> Job:
+    """Put the demo checkpoint into the WebUI, load it, and train on it. Raises SpoError for what cannot work."""
+    install_demo(a1111.models_folder(), a1111.checkpoint_folder())
+    a1111.refresh_checkpoints()
+    prompts = read_prompts(folders.BUNDLED_PROMPTS)
+    short = {"preference": BUNDLED, "steps": DEMO_UPDATES, "sample_every": 20, "save_every": 0}
+    request = TrainingRequest(folders.free_name("demo"), prompts, short, preset="demo")
+
+    def load_and_train(job: Job) -> None:
+        job.say("Loading the demo checkpoint ...")
+        a1111.load_checkpoint(DEMO_CHECKPOINT)
+        _train(job, prepare(request), False)
+
+    return start("training", request.name, load_and_train)
+
+
+def example_of(config: Config, prompts: Sequence[str]) -> Example:
+    """What to look at the LoRA of a run with."""
+    preference = Path(config.preference.preference).name
+    return Example(
+        (list(config.run.sample_prompts) or list(prompts))[:3],
+        config.prompt.negative_prompt,
+        config.prompt.width,
+        config.prompt.height,
+        config.rollout.sampling_steps,
+        config.rollout.guidance_scale,
+        preference if preference in folders.preference_choices() else "",
+    )
+
+
 def _train(job: Job, prepared: Prepared, resume: bool) -> None:
 
     config = prepared.config
+    job.example = example_of(config, prepared.prompts)
     job.say(f"Loading the preference model {Path(config.preference.preference).name} ...")
     with borrowed(config, training=True) as host:
         job.asked_to_stop()

@@ -12,23 +12,23 @@ from spo.errors import SpoError
 from spo.webui import a1111, folders
 from spo.webui.jobs import job
 from spo.webui.jobs.comparison import CompareRequest, start_comparison
-from spo.webui.tabs import page
+from spo.webui.tabs import page, watch
 
 _NO_SCORES = "none"
 T = TypeVar("T", int, float)
 
 
 @dataclass(frozen=True)
-class CompareFields:
-    """The fields that another tab may fill in."""
+class CompareTab:
+    """area: see `watch.Looks`; asked: the fields in the order of `example_fields`; lists: whose choices are files."""
 
-    loras: Any
-    prompts: Any
-    width: Any
-    height: Any
+    area: watch.Area
+    asked: list[Any]
+    said: Any
+    lists: list[Any]
 
 
-def build() -> CompareFields:
+def build() -> CompareTab:
     """The tab's contents; call inside its TabItem."""
     with gr.Row():
         with gr.Column(scale=4, min_width=360):
@@ -72,14 +72,42 @@ def build() -> CompareFields:
                 start = gr.Button("Compare", variant="primary", elem_id="spo_compare_start")
                 stop = gr.Button("Stop", variant="stop", elem_id="spo_compare_stop")
             said = gr.HTML(elem_id="spo_compare_said")
-            with gr.Group(elem_id="spo_compare_progress_holder"):
-                gr.HTML("", elem_id="spo_compare_progress")
-            gr.HTML("", elem_id="spo_compare_status")
+            area = watch.build_area("spo_compare", "pictures", "table", "log")
 
     asked = [prompts, loras, weights, seeds, preference, negative, sampler, steps, guidance, width, height]
-    start.click(_start, asked, [said]).then(None, [], [], _js="() => spo_refresh_now()")
-    stop.click(_stop, [], [said], queue=False)
-    return CompareFields(loras, prompts, width, height)
+    start.click(_start, asked, [said]).then(None, [], [], _js="spo_refresh_now")
+    stop.click(_stop, [], [said], queue=False).then(None, [], [], _js="spo_refresh_now")
+    return CompareTab(area, asked, said, [loras, preference])
+
+
+def read_lists() -> list[Any]:
+    """`CompareTab.lists` as they are now."""
+    return [gr.update(choices=folders.lora_names()), gr.update(choices=[_NO_SCORES, *folders.preference_choices()])]
+
+
+def compare_last() -> list[Any]:
+    """Compare the LoRA of the last run with the checkpoint alone: what is said, and values of `CompareTab.asked`."""
+    last = job.latest("training")
+    if last is None or last.example is None or last.output is None:
+        return [page.error("There is no LoRA of a run to show yet."), *[gr.update()] * 11]
+    example, name = last.example, folders.lora_name(last.output)
+    fields: list[Any] = [
+        "\n".join(example.prompts),
+        [name],
+        "1",
+        "1, 2",
+        example.preference or _NO_SCORES,
+        example.negative_prompt,
+        "Euler a",
+        example.sampling_steps,
+        example.guidance_scale,
+        example.width,
+        example.height,
+    ]
+    said = _start(*fields)
+    fields[1] = gr.update(choices=folders.lora_names(), value=[name])
+    fields[4] = gr.update(choices=[_NO_SCORES, *folders.preference_choices()], value=fields[4])
+    return [said, *fields]
 
 
 def _start(*given: Any) -> str:

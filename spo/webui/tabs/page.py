@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spo.webui.jobs.job import Job, PoolPictures
 
@@ -26,36 +26,99 @@ _NAMES = {
 }
 _CHART_PX = (300, 120)
 _MARGIN_PX = (44, 14, 8, 20)  # left, top, right, bottom
+PARTS = ("pool", "curves", "pictures", "table", "log")
 
 
-def status(job: Job | None) -> str:
-    """The whole status area. Attributes on its root tell the page's script what to follow."""
+def status(job: Job | None, run: Job | None = None, **more: Any) -> str:
+    """What is going on, in a line. Attributes on its root tell the page's script what to follow.
+
+    run   the last training run, whose LoRA is sent to txt2img; more: other attributes
+    """
+    values: dict[str, Any] = {"phase": "none", "live": 0, **more}
+    text = '<p class="spo-message">Nothing is going on.</p>'
+    if job is not None:
+        values |= {"phase": job.shown_phase, "task": job.task, "kind": job.kind, "live": int(job.live)}
+        text = _message(job)
+    if run is not None and run.output is not None and run.example is not None:
+        values |= {
+            "lora": run.output.stem,
+            "prompt": run.example.prompts[0],
+            "negative": run.example.negative_prompt,
+            "width": run.example.width,
+            "height": run.example.height,
+            "steps": run.example.sampling_steps,
+            "cfg": f"{run.example.guidance_scale:g}",
+        }
+    return f'<div class="spo-status" {_attributes(values)} role="status">{text}</div>'
+
+
+def _attributes(values: Mapping[str, Any]) -> str:
+    return " ".join(f'data-{name}="{html.escape(str(value))}"' for name, value in values.items())
+
+
+def _message(job: Job) -> str:
+    left = f" {time_text(job.eta_s)} left." if job.live and job.eta_s else ""
+    return (
+        f'<p class="spo-message spo-{job.shown_phase}"><b>{_NAMES[job.shown_phase]}</b> <b>{html.escape(job.name)}</b> '
+        f"<span>{html.escape(job.message)}{left}</span></p>"
+    )
+
+
+def time_text(seconds: float) -> str:
+    """About how long: "40 seconds", "12 minutes", "3.5 hours"."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def download(job: Job | None) -> str:
+    """A download's line and bar; "" when there was none."""
     if job is None:
-        return '<div class="spo-status" data-phase="none"><p class="spo-message">Nothing is going on.</p></div>'
-    lora = job.output.stem if job.output is not None else ""
-    parts = [
-        f'<div class="spo-status" data-phase="{job.shown_phase}" data-task="{html.escape(job.task)}" '
-        f'data-kind="{job.kind}" data-version="{job.version}" data-live="{int(job.live)}" '
-        f'data-lora="{html.escape(lora)}" role="status" '
-        'aria-live="polite">',
-        f'<p class="spo-message spo-{job.shown_phase}"><b>{_NAMES[job.shown_phase]}: {html.escape(job.name)}.</b> '
-        f"{html.escape(job.message)}</p>",
-    ]
-    if job.kind == "download" and job.live:
-        parts.append(f'<progress max="1" value="{job.fraction:.4f}"></progress>')
-    if job.pool is not None:
-        parts.append(_pool(job.pool))
-    if job.rows:
-        parts.append(curves(job.rows))
-    if job.picture is not None and job.picture.exists():
+        return ""
+    bar = f'<progress max="1" value="{job.fraction:.4f}" aria-label="Download"></progress>' if job.live else ""
+    return f'<div class="spo-download" role="status" data-live="{int(job.live)}">{_message(job)}{bar}</div>'
+
+
+def part_keys(job: Job | None) -> dict[str, str]:
+    """Part of a job's page -> what changes whenever that part does; "" where there is nothing to show."""
+    if job is None:
+        return dict.fromkeys(PARTS, "")
+    picture = job.picture if job.picture is not None and job.picture.exists() else None
+    keys = {
+        "pool": f"{job.pool.made_s}" if job.pool is not None else "",
+        "curves": f"{len(job.rows)}" if job.rows else "",
+        "pictures": f"{picture.name} {picture.stat().st_mtime_ns}" if picture is not None else "",
+        "table": f"{len(job.table)}" if job.table else "",
+        "log": f"{len(job.log)} {job.log[-1]}" if job.log else "",
+    }
+    return {part: f"{job.task} {key}" if key else "" for part, key in keys.items()}
+
+
+_made: dict[tuple[str, str], tuple[str, str]] = {}  # kind and part -> key and HTML, made once for all pages
+
+
+def part(name: str, job: Job, key: str) -> str:
+    """One of `PARTS` as HTML; the same key gives the same text without making it again."""
+    known = _made.get((job.kind, name))
+    if known is None or known[0] != key:
+        known = _made[job.kind, name] = key, _part(name, job)
+    return known[1]
+
+
+def _part(name: str, job: Job) -> str:
+    if name == "pool" and job.pool is not None:
+        return _pool(job.pool)
+    if name == "curves":
+        return curves(job.rows)
+    if name == "pictures" and job.picture is not None:
         title = "Samples" if job.kind == "training" else "Comparison"
-        parts.append(f'<div class="spo-samples"><h4>{title}</h4>{_file(job.picture)}</div>')
-    if job.table:
-        parts.append(f'<pre class="spo-table">{html.escape(job.table)}</pre>')
-    if job.log:
+        return f'<div class="spo-samples"><h4>{title}</h4>{_file(job.picture)}</div>'
+    if name == "table":
+        return f'<pre class="spo-table" tabindex="0">{html.escape(job.table)}</pre>'
+    if name == "log":
         lines = html.escape("\n".join(job.log))
-        parts.append(f'<details class="spo-log"><summary>Log</summary><pre>{lines}</pre></details>')
-    return "".join(parts) + "</div>"
+        return f'<pre class="spo-log" tabindex="0">{lines}</pre>'
+    return ""
 
 
 def curves(rows: Sequence[Mapping[str, float]]) -> str:
@@ -136,9 +199,10 @@ def _pool(pool: PoolPictures) -> str:
             if is_it
         ]
         classes = " ".join(f"spo-{mark.replace(' ', '-')}" for mark in marks)
+        name = f"candidate {number + 1}: {', '.join(marks) or 'neither'}"
         cells.append(
-            f'<figure class="{classes}"><img alt="candidate {number + 1}: {", ".join(marks) or "neither"}" '
-            f'src="{uri(picture)}"><figcaption>{score:.2f}<span>{" · ".join(marks)}</span></figcaption></figure>'
+            f'<figure class="{classes}">{_button(picture, name)}'
+            f"<figcaption>{score:.2f}<span>{' · '.join(marks)}</span></figcaption></figure>"
         )
     verdict = "kept as a pair" if pool.kept else "too close, not kept"
     return (
@@ -154,12 +218,18 @@ def uri(picture: Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _file(path: Path) -> str:
+def _button(picture: Image, name: str) -> str:
+    """A picture that can be looked at large."""
+    name = html.escape(name)
+    return f'<button class="spo-zoom" type="button"><img alt="{name}, click for large" src="{uri(picture)}"></button>'
+
+
+def _file(path: Path, largest_px: int = 1400) -> str:
     from PIL import Image
 
     with Image.open(path) as picture:
-        picture.thumbnail((1400, 1400))
-        return f'<img alt="{html.escape(path.stem)}" src="{uri(picture)}">'
+        picture.thumbnail((largest_px, largest_px))
+        return _button(picture, path.stem)
 
 
 def pictures(paths: Sequence[Path]) -> str:

@@ -13,8 +13,8 @@ from spo.webui.jobs.training import TrainingRequest, start_training
 from spo.webui.tabs import page
 
 
-def build() -> None:
-    """The tab's contents; call inside its TabItem."""
+def build() -> list[Any]:
+    """The tab's contents; call inside its TabItem. The fields of `read_lists`."""
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
             with gr.Row():
@@ -30,10 +30,14 @@ def build() -> None:
         with gr.Column(scale=5, min_width=420):
             facts = gr.HTML(elem_id="spo_run_facts")
     chosen.change(_show, [chosen], [facts])
-    resume.click(
-        _resume, [chosen, steps], [said], _js="(...given) => { setTimeout(() => spo_follow(), 1000); return given; }"
-    )
+    resume.click(_resume, [chosen, steps], [said], _js="(...given) => { setTimeout(spo_follow, 1000); return given; }")
     delete.click(_delete, [chosen, files_too], [said, chosen], _js="spo_confirm_delete")
+    return [chosen]
+
+
+def read_lists() -> list[Any]:
+    """The list of runs as it is now."""
+    return [gr.update(choices=folders.run_names())]
 
 
 def _show(name: str | None) -> str:

@@ -9,126 +9,208 @@ from typing import Any
 
 import gradio as gr
 
-from spo.demo.install import FILE_NAME as DEMO_CHECKPOINT
-from spo.demo.install import install_demo
 from spo.errors import SpoError
 from spo.presets import NAMED
 from spo.prompts import read_prompts
-from spo.webui import a1111, folders, runs, saved_settings
+from spo.webui import a1111, folders, saved_settings
 from spo.webui.jobs import fetching, job
-from spo.webui.jobs.training import TrainingRequest, plan_text, start_training
+from spo.webui.jobs.training import TrainingRequest, plan_text, start_demo, start_training
 from spo.webui.packages import missing, missing_text
-from spo.webui.tabs import form, page
+from spo.webui.tabs import form, page, watch
 
-_NO_DEMO = "New here? A small demo checkpoint lets you try everything in a few minutes, without a download."
+_NEW_HERE = (
+    "<h3>New here?</h3><p>A small demo checkpoint comes with SPO. One click installs it, loads it and trains a LoRA on "
+    "it: nothing is downloaded, and it takes a few minutes, even without a graphics card.</p>"
+)
 
 
 @dataclass(frozen=True)
-class TrainFields:
-    """The fields that the Compare tab is filled from."""
+class TrainTab:
+    """What other tabs and the page's refreshing need of this one.
 
+    area, running, finished  see `watch.Looks`; downloads: line and stop button of a download
+    compare, vote            buttons; preference, prompts: fields
+    lists                    fields whose choices are files, and the newcomer's box, as `read_lists` fills them
+    """
+
+    area: watch.Area
+    running: Any
+    finished: Any
+    downloads: tuple[Any, Any]
     compare: Any
+    vote: Any
+    preference: Any
     prompts: Any
+    lists: list[Any]
 
 
-def build() -> TrainFields:
+def build() -> TrainTab:
     """The tab's contents; call inside its TabItem."""
-    filling = form.Filling(_usual_preset("", a1111.glance()), a1111.glance().architecture or "sd15")
-    shown = dict(zip(form.names(), form.preset_values(filling.preset, filling.architecture), strict=True))
+    loaded, card = a1111.glance(), a1111.card()
+    filling = form.Filling(form.usual_preset("", loaded), loaded.architecture or "sd15", memory=form.usual_memory(card))
+    values = form.preset_values(filling.preset, filling.architecture, filling.memory)
+    shown = dict(zip(form.names(), values, strict=True))
+    with gr.Column(visible=not folders.run_names(), elem_id="spo_newcomer") as newcomer:
+        gr.HTML(_NEW_HERE)
+        with gr.Row():
+            demo = gr.Button("Try it: a demo of a few minutes", variant="primary", scale=4, elem_id="spo_try")
+            hide = gr.Button("Hide this", scale=1, elem_id="spo_newcomer_hide")
     with gr.Row():
-        with gr.Column(scale=5, min_width=380):
+        with gr.Column(scale=5, min_width=360):
             with gr.Row():
-                labels = [preset.label for preset in NAMED.values()]
-                chosen = gr.Dropdown(labels, value=NAMED[filling.preset].label, label="Preset", elem_id="spo_preset")
-                about = gr.HTML(_about(filling.preset), elem_id="spo_preset_text")
+                chosen = gr.Dropdown(
+                    form.preset_labels(loaded),
+                    value=NAMED[filling.preset].label,
+                    label="Preset",
+                    info=NAMED[filling.preset].text,
+                    elem_id="spo_preset",
+                )
+                memory = gr.Dropdown(
+                    list(form.MEMORY.values()),
+                    value=form.MEMORY[filling.memory],
+                    label="Memory",
+                    info=form.memory_hint(card),
+                    elem_id="spo_memory",
+                )
             with gr.Row():
                 preference = gr.Dropdown(
                     folders.preference_choices(),
-                    value=folders.usual_preference(filling.architecture, filling.file_name),
+                    value=folders.usual_preference(filling.architecture, loaded.file_name) or None,
                     label="Preference model",
-                    info="Files in models/SPO.",
+                    info="What says which picture is better: files in models/SPO.",
                     elem_id="spo_preference",
                 )
                 a1111.refresh_button(preference, folders.preference_choices, "spo_preference_refresh")
             about_preference = gr.HTML("", elem_id="spo_preference_text")
-            prompts = gr.Textbox(label="Prompts, one a line", lines=6, max_lines=14, elem_id="spo_prompts")
+            prompts = gr.Textbox(
+                label="Prompts, one a line",
+                info="What the LoRA is trained on; it learns from pictures that it makes of them.",
+                lines=6,
+                max_lines=14,
+                elem_id="spo_prompts",
+            )
             with gr.Row():
+                bundled = gr.Button("Take the bundled list", size="sm", elem_id="spo_bundled")
                 file = gr.UploadButton("From a file (.txt, .json, .jsonl, .csv)", size="sm", elem_id="spo_prompt_file")
-                bundled = gr.Button("The bundled list", size="sm", elem_id="spo_bundled")
+            name = gr.Textbox(
+                folders.free_name("my-style"),
+                label="LoRA name",
+                info="If it is taken, a number is put behind it.",
+                max_lines=1,
+                elem_id="spo_name",
+            )
             with gr.Row():
-                negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="spo_negative_prompt")
-                styles = gr.Dropdown(a1111.style_names(), label="Styles", multiselect=True, elem_id="spo_styles")
-            with gr.Row():
-                name = gr.Textbox(folders.free_name("my-style"), label="LoRA name", elem_id="spo_name")
                 steps = gr.Number(
-                    shown["steps"], precision=0, label="Updates", info="0: by epochs.", elem_id="spo_steps"
+                    shown["steps"],
+                    precision=0,
+                    label=form.label("steps"),
+                    info="0: ten times over the prompts.",
+                    elem_id="spo_steps",
                 )
-            with gr.Accordion("Advanced", open=False, elem_id="spo_advanced"):
-                fields = form.advanced_fields(shown)
-            with gr.Accordion("Saved settings", open=False), gr.Row():
-                saved = gr.Dropdown(saved_settings.names(), label="Load settings", elem_id="spo_settings_load")
-                a1111.refresh_button(saved, saved_settings.names, "spo_settings_refresh")
-                saved_name = gr.Textbox(label="Save settings as", elem_id="spo_settings_name")
-                save = gr.Button("Save settings", elem_id="spo_settings_save")
-            with gr.Accordion("Published preference models", open=False):
+                strength = gr.Radio(
+                    list(form.STRENGTHS),
+                    value="Usual",
+                    label="Strength",
+                    info="How far an update goes: half, the usual or twice the learning rate.",
+                    elem_id="spo_strength",
+                )
+            with gr.Accordion("Advanced", open=False, elem_id="spo_advanced"), gr.Tabs(elem_id="spo_groups"):
+                fields: dict[str, Any] = {}
+                for title, members in form.groups().items():
+                    with gr.TabItem(title, elem_id=f"spo_group_{title.lower()}"):
+                        if title == "Sampling":
+                            styles = gr.Dropdown(
+                                a1111.style_names(),
+                                label="Styles",
+                                info="The WebUI's styles, put on every prompt.",
+                                multiselect=True,
+                                elem_id="spo_styles",
+                            )
+                        fields |= form.group_fields(members, shown)
+            with gr.Accordion("Saved settings", open=False, elem_id="spo_saved"):
                 with gr.Row():
-                    size = gr.Button("Show its size", size="sm", elem_id="spo_published")
-                    fetch = gr.Button("Fetch for the loaded checkpoint", size="sm", elem_id="spo_fetch")
-                fetch_said = gr.HTML(elem_id="spo_fetch_said")
-            with gr.Accordion("Demo checkpoint", open=False):
-                gr.HTML(_NO_DEMO)
-                demo = gr.Button("Install the demo checkpoint", elem_id="spo_install_demo")
-                demo_said = gr.HTML(elem_id="spo_demo_said")
-        with gr.Column(scale=6, min_width=420):
+                    saved = gr.Dropdown(
+                        saved_settings.names(),
+                        label="Load settings",
+                        info="What you saved, and those of earlier runs.",
+                        elem_id="spo_settings_load",
+                    )
+                    a1111.refresh_button(saved, saved_settings.names, "spo_settings_refresh")
+                with gr.Row():
+                    saved_name = gr.Textbox(label="Save settings as", max_lines=1, elem_id="spo_settings_name")
+                    save = gr.Button("Save settings", size="sm", elem_id="spo_settings_save")
+        with gr.Column(scale=6, min_width=360):
             with gr.Row():
                 start = gr.Button("Start", variant="primary", elem_id="spo_start")
-                check = gr.Button("Show plan", elem_id="spo_plan_button")
+                check = gr.Button("Check first", elem_id="spo_plan_button")
+            with gr.Column(visible=False, elem_id="spo_no_preference") as lacking:
+                lacking_text = gr.HTML("")
+                with gr.Row():
+                    fetch = gr.Button("Download it (5.2 GB)", variant="primary", elem_id="spo_fetch_now")
+                    vote = gr.Button("Vote on pictures instead", elem_id="spo_vote_instead")
             plan = gr.HTML(_missing(), elem_id="spo_plan")
-            with gr.Row():
+            fetched = gr.HTML("", elem_id="spo_download")
+            stop_fetch = gr.Button("Stop the download", size="sm", visible=False, elem_id="spo_download_stop")
+            with gr.Row(visible=False, elem_id="spo_running") as running:
                 stop_save = gr.Button("Stop and save", elem_id="spo_stop_save")
                 stop_now = gr.Button("Stop", variant="stop", elem_id="spo_stop")
                 sample = gr.Button("Sample now", elem_id="spo_sample")
-            with gr.Group(elem_id="spo_progress_holder"):
-                gr.HTML("", elem_id="spo_progress")
-            status = gr.HTML(page.status(job.current()), elem_id="spo_status")
-            with gr.Row():
+            with gr.Row(visible=False, elem_id="spo_finished") as finished:
+                compare = gr.Button("See it with and without the LoRA", variant="primary", elem_id="spo_compare")
                 send = gr.Button("Send to txt2img", elem_id="spo_send")
-                compare = gr.Button("Compare", elem_id="spo_compare")
-    refresh = gr.Button("Refresh", elem_id="spo_refresh")
-    hello = gr.Button("Hello", elem_id="spo_hello")
+            area = watch.build_area("spo", "pictures", "pool", "curves", "log")
     filled = gr.Textbox(filling.text(), label="Filled for", elem_id="spo_filled")
+    hello = gr.Button("Hello", elem_id="spo_hello")
 
-    front = {"preference": preference, "negative_prompt": negative, "steps": steps}
-    values = [{**front, **fields}[setting] for setting in form.names()]
+    values = [{"preference": preference, "steps": steps, **fields}[setting] for setting in form.names()]
     asked = [filled, name, prompts, styles, *values]
+    rate = fields["learning_rate"]
 
-    chosen.input(_choose_preset, [chosen, filled, *values], [about, filled, *values])
-    preference.change(_about_preference, [preference], [about_preference])
+    demo.click(_try_demo, [], [plan, newcomer, prompts], _js="spo_try_demo").then(None, [], [], _js="spo_refresh_now")
+    hide.click(None, [], [], _js="spo_hide_newcomer")
+    chosen.input(_choose, [chosen, memory, filled, *values], [chosen, strength, filled, *values])
+    memory.input(_choose, [chosen, memory, filled, *values], [chosen, strength, filled, *values])
+    strength.input(_choose_strength, [strength, filled], [rate])
+    rate.change(_strength_of, [rate, filled], [strength], show_progress="hidden")
+    preference.change(_about_preference, [preference], [about_preference], show_progress="hidden")
     file.upload(_prompts_of_file, [file], [prompts, plan])
-    bundled.click(lambda: folders.BUNDLED_PROMPTS.read_text(encoding="utf-8"), [], [prompts])
+    bundled.click(folders.bundled_prompts, [], [prompts])
     check.click(_with_errors(lambda *given: page.note(plan_text(_request(given)))), asked, [plan])
-    start.click(_start, asked, [plan, status])
-    stop_save.click(_with_errors(lambda: _stop("save")), [], [status], queue=False)
-    stop_now.click(_with_errors(lambda: _stop("now")), [], [status], queue=False)
-    sample.click(_sample, [], [status], queue=False)
-    refresh.click(_look, [], [status], queue=False, show_progress="hidden")
-    refills = [
-        status,
-        styles,
-        chosen,
-        about,
-        filled,
-        preference,
-        *[field for field in values if field is not preference],
-    ]
-    hello.click(_hello, [filled, *values], refills, show_progress="hidden")
+    start.click(_start, asked, [plan, lacking, lacking_text]).then(None, [], [], _js="spo_refresh_now")
+    fetch.click(_fetch, [], [plan, lacking]).then(None, [], [], _js="spo_refresh_now")
+    stop_fetch.click(_with_errors(_stop_fetching), [], [plan], queue=False).then(None, [], [], _js="spo_refresh_now")
+    for how, button in (("save", stop_save), ("now", stop_now)):
+        stopped = button.click(_with_errors(_stop(how)), [], [plan], queue=False)
+        stopped.then(None, [], [], _js="spo_refresh_now")
+    sample.click(_sample, [], [plan], queue=False)
     send.click(None, [], [], _js="spo_send_to_txt2img")
     save.click(_save_settings, [saved_name, *values], [plan, saved])
     saved.change(_load_settings, [saved], [plan, *values])
-    demo.click(_install_demo, [], [demo_said])
-    size.click(_with_errors(lambda: page.note(fetching.published().text())), [], [fetch_said])
-    fetch.click(_fetch, [], [fetch_said, status])
-    return TrainFields(compare, prompts)
+    follows = [styles, chosen, strength, filled, preference, *[field for field in values if field is not preference]]
+    hello.click(_hello, [filled, *values], follows, show_progress="hidden", queue=False)
+    return TrainTab(
+        area=area,
+        running=running,
+        finished=finished,
+        downloads=(fetched, stop_fetch),
+        compare=compare,
+        vote=vote,
+        preference=preference,
+        prompts=prompts,
+        lists=[newcomer, preference, saved, fields["start_from"]],
+    )
+
+
+def read_lists(preference: str | None) -> list[Any]:
+    """`TrainTab.lists` as they are now; with no preference model chosen yet, the usual one."""
+    loaded = a1111.glance()
+    usual = preference or folders.usual_preference(loaded.architecture or "sd15", loaded.file_name) or None
+    return [
+        gr.update(visible=not folders.run_names()),
+        gr.update(choices=folders.preference_choices(), value=usual),
+        gr.update(choices=saved_settings.names()),
+        gr.update(choices=form.choices_of("start_from")),
+    ]
 
 
 def _request(given: tuple[Any, ...]) -> TrainingRequest:
@@ -155,31 +237,62 @@ def _with_errors(work: Callable[..., str]) -> Callable[..., str]:
     return answer
 
 
-def _start(*given: Any) -> tuple[str, str]:
+def _start(*given: Any) -> tuple[str, Any, str]:
+    hidden = gr.update(visible=False)
     try:
         request = _request(given)
-        free = folders.free_name(request.name)
-        taken = f'"{request.name}" is taken, so this run is called "{free}".\n' if free != request.name else ""
-        request = replace(request, name=free)
-        plan = taken + plan_text(request)
+        if not request.settings["preference"]:
+            return "", gr.update(visible=True), _no_preference()
+        taken = ""
+        if not request.settings.get("replace"):
+            free = folders.free_name(request.name)
+            taken = f'"{request.name}" is taken, so this run is called "{free}".' if free != request.name else ""
+            request = replace(request, name=free)
         started = start_training(request)
     except SpoError as error:
-        return page.error(str(error)), page.status(job.current())
+        return page.error(str(error)), hidden, ""
     started.looked_at_s = time.time()
-    return page.note(plan), page.status(started)
+    return page.note(taken) if taken else "", hidden, ""
 
 
-def _fetch() -> tuple[str, str]:
+def _no_preference() -> str:
+    loaded = a1111.glance()
+    kind = "SDXL" if loaded.architecture == "sdxl" else "SD1.5"
+    return (
+        f"<p><b>A preference model is needed.</b> There is none for {kind} in models/SPO yet. Download the one that "
+        "the paper's authors published; training can be started when it is there. Or vote on pictures: from 40 votes "
+        "on, a model of your own taste can be fitted.</p>"
+    )
+
+
+def _try_demo() -> tuple[str, Any, Any]:
     try:
-        started = fetching.start_fetching()
+        started = start_demo()
     except SpoError as error:
-        return page.error(str(error)), page.status(job.current())
-    return page.note(f"Fetching {started.name}; Stop ends it, and it goes on from there the next time."), _look()
+        return page.error(str(error)), gr.update(), gr.update()
+    started.looked_at_s = time.time()
+    return "", gr.update(visible=False), folders.bundled_prompts()
 
 
-def _stop(how: str) -> str:
-    job.stop(how)
-    return page.status(job.current())
+def _fetch() -> tuple[str, Any]:
+    try:
+        fetching.start_fetching()
+    except SpoError as error:
+        return page.error(str(error)), gr.update()
+    return "", gr.update(visible=False)
+
+
+def _stop_fetching() -> str:
+    fetching.stop()
+    return ""
+
+
+def _stop(how: str) -> Callable[[], str]:
+    def stop() -> str:
+        job.stop(how)
+        return ""
+
+    return stop
 
 
 def _sample() -> str:
@@ -187,72 +300,55 @@ def _sample() -> str:
     if current is not None and current.live:
         current.sample_wanted = True
         current.say("Sample pictures come after this update.")
-    return page.status(current)
+    return ""
 
 
-def _look() -> str:
-    current = job.current()
-    if current is not None:
-        current.looked_at_s = time.time()
-    return page.status(current)
-
-
-def to_compare(prompts: str) -> tuple[Any, ...]:
-    """The last LoRA, three of its prompts and its size, for the Compare tab."""
-    current, nothing = job.current(), gr.update()
-    if current is None or current.kind != "training" or current.output is None:
-        return nothing, nothing, nothing, nothing
-    try:
-        config = runs.read(current.name).config
-    except SpoError:
-        return nothing, nothing, nothing, nothing
-    lora = folders.lora_name(current.output)
-    first_prompts = "\n".join((prompts or "").splitlines()[:3])
-    size = [gr.update(value=config[side]) for side in ("width", "height")]
-    return gr.update(choices=folders.lora_names(), value=[lora]), first_prompts or nothing, *size
-
-
-def _usual_preset(now: str, loaded: a1111.Glance) -> str:
-    """The preset for the loaded checkpoint: `now`, if it suits that."""
-    if loaded.file_name == DEMO_CHECKPOINT:
-        return "demo"
-    suits = now in NAMED and now != "demo" and NAMED[now].architecture in ("", loaded.architecture or "sd15")
-    return now if suits else "paper-sdxl" if loaded.architecture == "sdxl" else "paper-sd15"
-
-
-def _choose_preset(label: str, filled: str, *values: Any) -> list[Any]:
-    """The fields as the chosen preset has them; what is no matter of presets stays as it is."""
+def _choose(label: str, memory_label: str, filled: str, *values: Any) -> list[Any]:
+    """The fields as the chosen preset and memory have them; what is no matter of presets stays as it is."""
     before, loaded = form.Filling.of(filled), a1111.glance()
-    name = next(preset.name for preset in NAMED.values() if preset.label == label)
-    after = form.Filling(name, loaded.architecture or before.architecture, loaded.file_name)
-    stay = ("preference", "negative_prompt", "sample_prompts")
-    return [_about(name), after.text(), *form.refilled(values, before, after, stay)]
+    name = next(one.name for one in NAMED.values() if one.label == label)
+    memory = next((key for key, text in form.MEMORY.items() if text == memory_label), "")
+    after = form.Filling(name, loaded.architecture or before.architecture, loaded.file_name, memory)
+    stay = None if name == before.preset else ("preference", "negative_prompt", "sample_prompts", "start_from")
+    fields = form.refilled(values, before, after, stay)
+    return [gr.update(info=NAMED[name].text), _strength(fields, after), after.text(), *fields]
+
+
+def _strength(fields: list[Any], filling: form.Filling) -> str | None:
+    return form.strength_of(fields[form.names().index("learning_rate")], filling)
+
+
+def _choose_strength(strength: str, filled: str) -> float:
+    return form.learning_rate_of(strength, form.Filling.of(filled))
+
+
+def _strength_of(rate: Any, filled: str) -> str | None:
+    return form.strength_of(rate, form.Filling.of(filled))
 
 
 def _hello(filled: str, *values: Any) -> list[Any]:
-    """What a page shows that was just opened, or whose checkpoint changed: the work that goes on, and what suits it."""
+    """What a page shows that was just opened, or whose checkpoint changed: what suits it."""
     before, loaded = form.Filling.of(filled), a1111.glance()
-    look = [_look(), gr.update(choices=a1111.style_names())]
-    choices = folders.preference_choices()
-    rest = [gr.update()] * (len(form.names()) - 1)
+    styles = gr.update(choices=a1111.style_names())
+    choices, labels = folders.preference_choices(), form.preset_labels(loaded)
     if not loaded.file_name or (loaded.architecture, loaded.file_name) == (before.architecture, before.file_name):
-        return [*look, gr.update(), gr.update(), gr.update(), gr.update(choices=choices), *rest]
-    after = form.Filling(_usual_preset(before.preset, loaded), loaded.architecture, loaded.file_name)
-    preference = folders.usual_preference(after.architecture, after.file_name)
-    fields = dict(zip(form.names(), form.refilled(values, before, after), strict=True))
-    del fields["preference"]
+        rest = [gr.update()] * (len(form.names()) - 1)
+        return [styles, gr.update(choices=labels), gr.update(), gr.update(), gr.update(choices=choices), *rest]
+    name = form.usual_preset(before.preset, loaded)
+    after = form.Filling(name, loaded.architecture, loaded.file_name, before.memory)
+    fields = form.refilled(values, before, after)
+    strength = _strength(fields, after)
+    by_name = dict(zip(form.names(), fields, strict=True))
+    del by_name["preference"]
+    usual = folders.usual_preference(after.architecture, after.file_name)
     return [
-        *look,
-        NAMED[after.preset].label,
-        _about(after.preset),
+        styles,
+        gr.update(choices=labels, value=NAMED[name].label, info=NAMED[name].text),
+        strength,
         after.text(),
-        gr.update(choices=choices, value=preference or None),
-        *fields.values(),
+        gr.update(choices=choices, value=usual or None),
+        *by_name.values(),
     ]
-
-
-def _about(name: str) -> str:
-    return f"<p>{NAMED[name].text}</p>"
 
 
 def _about_preference(name: str | None) -> str:
@@ -260,7 +356,6 @@ def _about_preference(name: str | None) -> str:
 
 
 def _prompts_of_file(file: Any) -> tuple[Any, str]:
-
     if file is None:
         return gr.update(), ""
     try:
@@ -274,7 +369,7 @@ def _save_settings(name: str, *values: Any) -> tuple[str, Any]:
         path = saved_settings.save(name, form.read(values))
     except SpoError as error:
         return page.error(str(error)), gr.update()
-    return page.note(f"Settings saved as {path}."), gr.update(choices=saved_settings.names())
+    return page.note(f"Settings saved as {path.stem}."), gr.update(choices=saved_settings.names())
 
 
 def _load_settings(name: str | None) -> list[Any]:
@@ -287,20 +382,6 @@ def _load_settings(name: str | None) -> list[Any]:
         return [page.error(str(error)), *nothing]
 
 
-def _install_demo() -> str:
-
-    try:
-        installed = install_demo(a1111.models_folder(), a1111.checkpoint_folder())
-    except SpoError as error:
-        return page.error(str(error))
-    a1111.refresh_checkpoints()
-    return page.note(
-        f"{installed.checkpoint.name} is installed. Press the refresh button beside the checkpoint at the top of the "
-        "page, choose it, then choose the preset Demo checkpoint."
-    )
-
-
 def _missing() -> str:
-
     lacking = missing()
     return page.error(missing_text(lacking)) if lacking else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ _ANSWERS = ("left", "right", "tie", "skip")
 _MAX_EARLIER = 200
 
 
-def build() -> None:
+@dataclass(frozen=True)
+class PreferenceTab:
+    """prompts: the field that the Train tab fills; lists: fields whose choices are files."""
+
+    prompts: Any
+    lists: list[Any]
+
+
+def build() -> PreferenceTab:
     """The tab's contents; call inside its TabItem."""
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
@@ -153,6 +162,18 @@ def build() -> None:
         begun.then(None, [], [], _js="() => spo_refresh_now()")
     export.click(_export, [folder], [exported, said])
     upload.upload(_with_errors(_import), [folder, upload], [said])
+    return PreferenceTab(prompts, [beside, begin, labels])
+
+
+def read_lists() -> list[Any]:
+    """`PreferenceTab.lists` as they are now."""
+    choices = folders.preference_choices()
+    return [gr.update(choices=choices), gr.update(choices=choices), gr.update(choices=["", *choices])]
+
+
+def take_prompts(training: str, voting: str) -> str:
+    """The prompts to vote on, when the Train tab sends its user here."""
+    return voting or training or folders.bundled_prompts()
 
 
 def _with_errors(work: Callable[..., str]) -> Callable[..., str]:

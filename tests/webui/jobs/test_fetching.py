@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import threading
 
 import pytest
 
@@ -27,25 +27,38 @@ def asked(webui, monkeypatch):
 
     monkeypatch.setattr(fetching, "find_published", find)
     monkeypatch.setattr(fetching, "in_half", lambda path: path)
+    monkeypatch.setattr(fetching, "_current", None)
+    monkeypatch.setattr(fetching, "_thread", None)
     return asked
 
 
-class FrozenCLIPEmbedder:
-    """SDXL's base has it, its refiner has not: told by the name of the class."""
-
-
 def ended(started):
-    job._thread.join(10)
-    assert not job._thread.is_alive()
+    fetching._thread.join(10)
+    assert not fetching._thread.is_alive()
     return started
 
 
 @pytest.mark.parametrize("architecture", ["sd15", "sdxl"])
-def test_the_model_is_that_of_the_loaded_checkpoint(asked, webui, architecture):
+def test_the_model_is_that_of_the_loaded_checkpoint(asked, webui, monkeypatch, architecture):
     webui.sd_models.model_data.sd_model.is_sdxl = architecture == "sdxl"
-    webui.sd_models.model_data.sd_model.conditioner = SimpleNamespace(embedders=[FrozenCLIPEmbedder()])
-    assert fetching.published() == REMOTE
+    monkeypatch.setattr(fetching, "download", lambda remote, folder, progress, should_stop: folder / remote.name)
+    ended(fetching.start_fetching())
     assert asked == [(architecture, folders.preference_folder())]
+
+
+def test_it_goes_on_beside_other_work_and_once_at_a_time(asked, webui, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(fetching, "download", lambda remote, folder, **others: release.wait(10) and folder / "x.bin")
+    fetching.start_fetching()
+    with pytest.raises(job.BusyError, match="being downloaded already"):
+        fetching.start_fetching()
+    trained = job.start("training", "vivid", lambda mine: None)
+    job._thread.join(10)
+    assert trained.phase == "finished" and fetching.current().live
+    release.set()
+    assert ended(fetching.current()).phase == "finished"
+    with pytest.raises(SpoError, match="Nothing is being downloaded"):
+        fetching.stop()
 
 
 def test_progress_and_the_twin(asked, monkeypatch):
@@ -54,7 +67,7 @@ def test_progress_and_the_twin(asked, monkeypatch):
     def download(remote, folder, progress, should_stop):
         assert folder.is_dir() and not should_stop()
         progress(1_000_000_000, remote.size_bytes)
-        seen.append((job.current().phase, job.current().fraction, job.current().message))
+        seen.append((fetching.current().phase, fetching.current().fraction, fetching.current().message))
         return folder / remote.name
 
     monkeypatch.setattr(fetching, "download", download)
@@ -68,10 +81,10 @@ def test_progress_and_the_twin(asked, monkeypatch):
 
 def test_stop_reaches_the_download_and_its_end_the_user(asked, monkeypatch):
     def download(remote, folder, progress, should_stop):
-        job.stop("save")
+        fetching.stop()
         assert should_stop()
         raise SpoError("stopped at 1 GB.")
 
     monkeypatch.setattr(fetching, "download", download)
-    failed = ended(fetching.start_fetching())
-    assert (failed.phase, failed.message) == ("failed", "stopped at 1 GB.")
+    stopped = ended(fetching.start_fetching())
+    assert (stopped.phase, stopped.message) == ("stopped", "stopped at 1 GB.")

@@ -7,6 +7,9 @@ import pytest
 pytest.importorskip("gradio")
 
 from spo.errors import SpoError
+from spo.webui import folders
+from spo.webui.jobs import job
+from spo.webui.jobs.job import Example, Job
 from spo.webui.tabs import compare
 from tests.webui import stand_in
 
@@ -43,3 +46,19 @@ def test_start_hands_on_the_request_and_is_silent(webui, monkeypatch):
 
 def test_stop_without_work_is_said(webui):
     assert "Nothing is going on" in compare._stop()
+
+
+def test_the_last_runs_lora_is_compared_with_the_checkpoint_at_once(webui, monkeypatch):
+    asked = []
+    monkeypatch.setattr(compare, "start_comparison", asked.append)
+    assert "no LoRA of a run" in compare.compare_last()[0]
+    example = Example(["a", "b", "c"], "bad", 640, 512, 12, 5.0, "demo")
+    output = folders.lora_path("vivid")
+    output.write_bytes(b"x")
+    run = Job("training", "vivid", "task", phase="finished", output=output, example=example)
+    monkeypatch.setitem(job._latest, "training", run)
+    said, prompts, loras, *_ = compare.compare_last()
+    assert (said, prompts, loras["value"]) == ("", "a\nb\nc", ["vivid"])
+    (request,) = asked
+    assert (request.loras, request.weights, request.seeds) == (("vivid",), [1.0], [1, 2])
+    assert (request.preference, request.negative_prompt, request.width, request.height) == ("demo", "bad", 640, 512)

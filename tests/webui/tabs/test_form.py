@@ -14,7 +14,8 @@ testclient = pytest.importorskip("fastapi.testclient", exc_type=ImportError)
 from spo import config  # noqa: E402
 from spo.cli import main  # noqa: E402
 from spo.cli.settings_flags import given_values  # noqa: E402
-from spo.presets import NAMED  # noqa: E402
+from spo.presets import CARDS, NAMED, preset  # noqa: E402
+from spo.webui import a1111  # noqa: E402
 from spo.webui.api import bodies, routes  # noqa: E402
 from spo.webui.jobs import job, training  # noqa: E402
 from spo.webui.tabs import form  # noqa: E402
@@ -43,7 +44,7 @@ def test_a_setting_is_added_in_one_file(flavour):
     assert config.build_config({"flavour": "hot"}).flat()["flavour"] == "hot"
     values = dict(zip(form.names(), form.preset_values("quick", "sdxl"), strict=True))
     with gradio.Blocks():
-        field = form.advanced_fields(values)["flavour"]
+        field = form.group_fields(form.groups()["Saving"], values)["flavour"]
     assert (field.choices, field.value, field.label) == (["mild", "hot"], "mild", "Flavour")
     assert form.read(form.field_values({"flavour": "hot"}))["flavour"] == "hot"
     assert bodies.settings_schema()["flavour"]["enum"] == ["mild", "hot"]
@@ -124,3 +125,47 @@ def test_the_users_own_changes_stay_when_the_checkpoint_changes(no_webui):
     chosen = form.refilled(list(fields.values()), before, form.Filling("quick", "sdxl"), ("negative_prompt",))
     chosen = dict(zip(form.names(), chosen, strict=True))
     assert (chosen["beta"], chosen["negative_prompt"], chosen["steps"]) == (10.0, "bad", 60)
+
+
+@pytest.mark.parametrize("architecture", ["sd15", "sdxl"])
+@pytest.mark.parametrize("card", CARDS)
+def test_a_memory_choice_is_the_preset_for_that_card(asked_for, card, architecture):
+    """The tab's two choices, "Paper" and a card, are what the API calls by the card's name."""
+    paper, values = f"paper-{architecture}", preset(card).values
+    shown = dict(zip(form.names(), form.preset_values(paper, architecture, card), strict=True))
+    assert {name: shown[name] for name in values if name in shown} == {
+        name: value for name, value in values.items() if name in shown
+    }
+    edits = form.edits(list(shown.values()), paper, architecture)
+    assert set(edits) - {"preference"} <= set(values)
+    tab = asked_for("tab", paper, architecture, **{name: edits[name] for name in values if name in edits})
+    api = asked_for("API", card, architecture)
+    own = {*training.HOST_OWNED, "negative_prompt"}
+    assert {k: v for k, v in tab.items() if k not in own} == {k: v for k, v in api.items() if k not in own}
+
+
+def test_every_setting_has_a_place_and_a_hint(no_webui):
+    shown = [setting.name for members in form.groups().values() for setting in members]
+    assert sorted(shown) == sorted({*form.names()} - {"preference", "steps"})
+    assert all(form.hint(name)[0].isupper() or form.hint(name)[0] in ".0123456789" for name in shown)
+
+
+def test_strength_is_the_learning_rate(no_webui):
+    filling = form.Filling("paper-sdxl", "sdxl")
+    assert form.learning_rate_of("Usual", filling) == 1e-5
+    assert [form.strength_of(form.learning_rate_of(name, filling), filling) for name in form.STRENGTHS] == list(
+        form.STRENGTHS
+    )
+    assert form.strength_of(1.7e-5, filling) is None
+
+
+@pytest.mark.parametrize(
+    ("gib", "usual"), [(None, ""), (6, "8gb"), (8, "8gb"), (12, "12gb"), (16, "12gb"), (23.6, "24gb"), (48, "")]
+)
+def test_the_memory_choice_follows_the_card(gib, usual):
+    assert form.usual_memory(a1111.Card("a card", gib) if gib else None) == usual
+
+
+def test_what_is_filled_in_is_read_back(no_webui):
+    values = {"modules": ["attention", "feed-forward"], "sample_prompts": ["a fox, red", "a boat"], "start_from": ""}
+    assert form.read(form.field_values(values)) == {**form.read(form.field_values({})), **values}

@@ -6,8 +6,46 @@ import re
 
 from PIL import Image
 
-from spo.webui.jobs.job import Job, PoolPictures
+from spo.webui.jobs.job import Example, Job, PoolPictures
 from spo.webui.tabs import page
+
+
+def test_a_part_is_made_once_and_anew_when_it_changes(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(page, "uri", lambda picture: made.append(picture) or "data:")
+    job = Job("training", "vivid", "task(spo once)")
+    assert set(page.part_keys(job).values()) == {""} == set(page.part_keys(None).values())
+    job.picture = tmp_path / "step1.png"
+    Image.new("RGB", (8, 8)).save(job.picture)
+    job.rows.append({"step": 1.0})
+    job.say("Begun.")
+    before = page.part_keys(job)
+    for _ in range(3):
+        assert 'class="spo-zoom"' in page.part("pictures", job, page.part_keys(job)["pictures"])
+    assert len(made) == 1
+    job.say("Going on.")
+    job.picture = tmp_path / "step2.png"
+    Image.new("RGB", (8, 8)).save(job.picture)
+    after = page.part_keys(job)
+    assert {name for name in after if after[name] != before[name]} == {"log", "pictures"}
+    page.part("pictures", job, after["pictures"])
+    assert len(made) == 2
+
+
+def test_the_lora_of_a_run_is_named_with_a_picture_to_make_of_it(tmp_path):
+    example = Example(["a <fox>"], "bad", 64, 96, 12, 5.5, "demo")
+    run = Job(
+        "training", "vivid", "task(spo)", phase="finished", output=tmp_path / "vivid.safetensors", example=example
+    )
+    text = page.status(Job("comparison", "vivid", "task(spo 2)"), run, lists="x")
+    for told in ('data-lora="vivid"', 'data-prompt="a &lt;fox&gt;"', 'data-height="96"', 'data-cfg="5.5"'):
+        assert told in text
+    assert 'data-kind="comparison"' in text
+    assert "data-lora" not in page.status(run)
+
+
+def test_times_are_rounded_as_people_say_them():
+    assert [page.time_text(s) for s in (0.2, 45, 600, 9000)] == ["1 seconds", "45 seconds", "10 minutes", "2.5 hours"]
 
 
 def status_of(**changes):
@@ -28,7 +66,8 @@ def test_the_status_escapes_names_and_messages():
 
 def test_the_pool_marks_best_worst_and_parent():
     pool = PoolPictures([Image.new("RGB", (8, 8))] * 3, [1.0, 2.0, 0.5], 1, 2, 1, True, 4, 701, 'a "fox" <1>')
-    text = status_of(pool=pool, phase="working")
+    job = Job("training", "vivid", "task(spo)", pool=pool)
+    text = page.part("pool", job, page.part_keys(job)["pool"])
     assert re.findall(r'<figure class="([^"]*)"', text) == ["", "spo-best spo-goes-on", "spo-worst"]
     assert "Pool at step 5, timestep 701: kept as a pair" in text
     assert "a &quot;fox&quot; &lt;1&gt;" in text

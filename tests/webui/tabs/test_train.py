@@ -1,4 +1,4 @@
-"""The Train tab: the preset that suits the checkpoint, sample pictures, files of prompts, and on to Compare."""
+"""The Train tab: the preset that suits the checkpoint, names, the demo, sample pictures, files of prompts."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import pytest
 pytest.importorskip("gradio")
 
 from spo.webui import a1111, folders
-from spo.webui.jobs import job
+from spo.webui.jobs import job, training
 from spo.webui.jobs.job import Job
 from spo.webui.tabs import form
 from spo.webui.tabs import train as train_tab
 from tests.webui import stand_in
-from tests.webui.test_runs import make_run
 
 webui = stand_in.webui
 
@@ -31,7 +30,7 @@ webui = stand_in.webui
     ],
 )
 def test_the_preset_follows_the_checkpoint(now, architecture, file_name, usual):
-    assert train_tab._usual_preset(now, a1111.Glance(architecture, file_name)) == usual
+    assert form.usual_preset(now, a1111.Glance(architecture, file_name)) == usual
 
 
 def test_fields_become_a_request_with_the_users_edits_alone():
@@ -46,7 +45,8 @@ def test_fields_become_a_request_with_the_users_edits_alone():
 def test_sample_pictures_are_asked_of_work_that_goes_on(webui, monkeypatch):
     current = Job("training", "vivid", "task", phase="working")
     monkeypatch.setattr(job, "_current", current)
-    assert "Sample pictures come after this update" in train_tab._sample()
+    train_tab._sample()
+    assert "Sample pictures come after this update" in current.message
     assert current.sample_wanted
     monkeypatch.setattr(job, "_current", Job("training", "vivid", "task", phase="finished"))
     train_tab._sample()
@@ -60,14 +60,43 @@ def test_a_file_of_prompts_fills_the_field(tmp_path):
     assert "spo-failed" in said and "none.txt" in said
 
 
-def test_the_last_lora_goes_to_compare(webui, monkeypatch):
-    nothing = train_tab.to_compare("a fox")
-    assert all("value" not in update for update in nothing)
-    folder = make_run("vivid")
-    (folder / "config.json").write_text('{"width": 640, "height": 512}')
-    output = folders.lora_path("vivid")
-    output.write_bytes(b"x")
-    monkeypatch.setattr(job, "_current", Job("training", "vivid", "task", phase="finished", output=output))
-    loras, prompts, width, height = train_tab.to_compare("a\nb\nc\nd")
-    assert (loras["value"], loras["choices"]) == (["vivid"], ["vivid"])
-    assert (prompts, width["value"], height["value"]) == ("a\nb\nc", 640, 512)
+def test_start_without_a_preference_model_says_what_to_do(webui):
+    filling = form.Filling("paper-sd15", "sd15")
+    fields = form.preset_values("paper-sd15", "sd15")
+    said, box, text = train_tab._start(filling.text(), "vivid", "a fox", [], *fields)
+    assert (said, box["visible"]) == ("", True)
+    assert "There is none for SD1.5 in models/SPO" in text
+
+
+def test_a_taken_name_gets_a_number_unless_the_lora_is_to_be_replaced(webui, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train_tab, "start_training", lambda request: asked.append(request) or Job("training", "x", "t"))
+    folders.lora_path("vivid").write_bytes(b"x")
+    filling = form.Filling("demo", "sd15")
+    for replace in (False, True):
+        fields = dict(zip(form.names(), form.preset_values("demo", "sd15"), strict=True))
+        fields |= {"preference": "demo", "replace": replace}
+        said = train_tab._start(filling.text(), "vivid", "a fox", [], *fields.values())[0]
+        assert ("is taken" in said) is not replace
+    assert [request.name for request in asked] == ["vivid-2", "vivid"]
+
+
+def test_the_demo_is_one_click(webui, monkeypatch):
+    """Installed, loaded, and trained on, with its prompts in the field."""
+    loaded, trained = [], []
+    monkeypatch.setattr(a1111, "refresh_checkpoints", lambda: None)
+    monkeypatch.setattr(a1111, "load_checkpoint", loaded.append)
+    monkeypatch.setattr(training, "_train", lambda job, prepared, resume: trained.append(prepared))
+    said, box, prompts = train_tab._try_demo()
+    job._thread.join(10)
+    assert (said, box["visible"], loaded) == ("", False, ["spo-demo.safetensors"])
+    assert (a1111.models_folder() / "Stable-diffusion" / "spo-demo.safetensors").exists()
+    (prepared,) = trained
+    assert prepared.prompts == prompts.splitlines()
+    assert (prepared.config.optimizer.steps, prepared.config.preference.preference) == (60, "demo")
+
+
+def test_lists_find_a_preference_model_that_came_meanwhile(webui, monkeypatch):
+    monkeypatch.setattr(folders, "usual_preference", lambda architecture, file_name: "new.safetensors")
+    assert train_tab.read_lists(None)[1]["value"] == "new.safetensors"
+    assert train_tab.read_lists("mine.safetensors")[1]["value"] == "mine.safetensors"
