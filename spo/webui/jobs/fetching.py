@@ -66,6 +66,7 @@ def _fetch(job: Job, architecture: str) -> None:
         job.version += 1
 
     job.phase = "working"
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         path = download(remote, folder, progress=progress, should_stop=lambda: bool(job.stop_wanted))
     except SpoError as error:

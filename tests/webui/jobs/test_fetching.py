@@ -73,7 +73,7 @@ def test_progress_and_the_twin(asked, monkeypatch):
     monkeypatch.setattr(fetching, "download", download)
     monkeypatch.setattr(fetching, "in_half", halved.append)
     finished = ended(fetching.start_fetching())
-    assert seen == [("working", 0.25, "1.00 of 4.00 GB.")]
+    assert seen == [("working", 0.25, "1.00 GB of 4.00 GB.")]
     assert halved == [folders.preference_folder() / "published.bin"]
     assert (finished.kind, finished.name, finished.phase) == ("download", "published.bin", "finished")
     assert "published.bin is in models/SPO" in finished.message

@@ -84,6 +84,7 @@ def test_a_taken_name_gets_a_number_unless_the_lora_is_to_be_replaced(webui, mon
 def test_the_demo_is_one_click(webui, monkeypatch):
     """Installed, loaded, and trained on, with its prompts in the field."""
     loaded, trained = [], []
+    webui.shared.cmd_opts.ckpt_dir = ""
     monkeypatch.setattr(a1111, "refresh_checkpoints", lambda: None)
     monkeypatch.setattr(a1111, "load_checkpoint", loaded.append)
     monkeypatch.setattr(training, "_train", lambda job, prepared, resume: trained.append(prepared))
