@@ -75,7 +75,7 @@ def load_state(path: Path, kind: str) -> RunState:
         if old:
             raise SpoError(
                 f'"{path}" was written by an earlier version of SPO, whose state this one does not read: finish that '
-                "run with the earlier version, or start anew with --replace."
+                "run with the earlier version, or start anew and replace it."
             )
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
@@ -83,10 +83,10 @@ def load_state(path: Path, kind: str) -> RunState:
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise SpoError(
-            f'"{path}" is damaged or is not the state of a run ({reason}); start anew with --replace.'
+            f'"{path}" is damaged or is not the state of a run ({reason}); start anew and replace it.'
         ) from error
     if not isinstance(content, dict) or "spo_state" not in content:
-        raise SpoError(f'"{path}" is not the state of a run; start anew with --replace.')
+        raise SpoError(f'"{path}" is not the state of a run; start anew and replace it.')
     if content["spo_state"] != FORMAT:
         raise SpoError(
             f'"{path}" was written by another version (format {content["spo_state"]}, this one reads {FORMAT}).'

@@ -52,5 +52,5 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], *, allow_ot
     if saved["preference_hash"] != now["preference_hash"] and not allow_other_preference:
         raise SpoError(
             f'The run was begun with the preference model "{saved["config"]["preference"]}", whose content is not that '
-            f'of "{now["config"]["preference"]}"; resume with the same one, or with --allow-other-preference.'
+            f'of "{now["config"]["preference"]}"; resume with the same one, or allow another (allow_other_preference).'
         )

@@ -78,5 +78,5 @@ def test_half_a_file_is_refused(tmp_path):
 
 def test_the_state_of_an_earlier_version_is_refused_with_a_way_out(tmp_path):
     save_file({"lora/a": torch.ones(1)}, tmp_path / "state.spo", {"spo_state": '{"format": 1}'})
-    with pytest.raises(SpoError, match=r"written by an earlier version of SPO.*start anew with --replace"):
+    with pytest.raises(SpoError, match=r"written by an earlier version of SPO.*start anew and replace it"):
         load_state(tmp_path / "state.spo", "LoRA")

@@ -37,7 +37,7 @@ def test_resume_wants_the_same_preference_model_by_its_content(tmp_path):
         changed = small(tmp_path, preference=str(tmp_path / name), steps=1, **changes)
         return train(TinyHost(changed), changed, PROMPTS, MeanOfChannel(), resume=True)
 
-    with pytest.raises(SpoError, match=r"a\.safetensors.*c\.safetensors.*--allow-other-preference"):
+    with pytest.raises(SpoError, match=r"a\.safetensors.*c\.safetensors.*allow_other_preference"):
         resumed("c.safetensors")
     assert resumed("b.safetensors").finished
     assert resumed("c.safetensors", allow_other_preference=True).finished

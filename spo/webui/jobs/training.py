@@ -19,7 +19,7 @@ from spo.config import Config, build_config, read_config_file
 from spo.demo.install import FILE_NAME as DEMO_CHECKPOINT
 from spo.demo.install import install_demo
 from spo.errors import SpoError
-from spo.headless.plan import make_plan
+from spo.headless.plan import Plan, make_plan
 from spo.images import to_picture
 from spo.preference.load import BUNDLED, load_preference
 from spo.presets import preset
@@ -148,6 +148,11 @@ def prepare(request: TrainingRequest) -> Prepared:
 
 def plan_text(request: TrainingRequest) -> str:
     """What the run will do, in a few lines. Raises SpoError as `prepare`."""
+    return plan_of(request)[1].text()
+
+
+def plan_of(request: TrainingRequest) -> tuple[Prepared, Plan]:
+    """The request, checked, and what the run will do. Raises SpoError as `prepare`."""
     prepared, checkpoint = prepare(request), a1111.loaded_checkpoint()
     # from what is in memory, since the WebUI loads pickles that we would not open
     tensors = {
@@ -157,7 +162,7 @@ def plan_text(request: TrainingRequest) -> str:
     size_bytes = checkpoint.file.stat().st_size
     index = TensorFile(checkpoint.file, False, tensors, {}, size_bytes)
     info = inspect_tensors(index, None, prediction_word(checkpoint.prediction_type, "prediction type"))
-    return make_plan(prepared.config, info, prepared.prompts).text()
+    return prepared, make_plan(prepared.config, info, prepared.prompts)
 
 
 def start_training(request: TrainingRequest) -> Job:

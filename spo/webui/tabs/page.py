@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.webui.jobs.job import Job, PoolPictures
+from spo.webui.jobs.probe import words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,18 +58,11 @@ def _attributes(values: Mapping[str, Any]) -> str:
 
 
 def _message(job: Job) -> str:
-    left = f" {time_text(job.eta_s)} left." if job.live and job.eta_s else ""
+    left = f" {words(job.eta_s)} left." if job.live and job.eta_s else ""
     return (
         f'<p class="spo-message spo-{job.shown_phase}"><b>{_NAMES[job.shown_phase]}</b> <b>{html.escape(job.name)}</b> '
         f"<span>{html.escape(job.message)}{left}</span></p>"
     )
-
-
-def time_text(seconds: float) -> str:
-    """About how long: "40 seconds", "12 minutes", "3.5 hours"."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def download(job: Job | None) -> str:

@@ -23,6 +23,12 @@ def build() -> list[Any]:
             with gr.Row():
                 steps = gr.Number(0, precision=0, label="Updates in all", info="0: as before.", elem_id="spo_run_steps")
                 resume = gr.Button("Resume", variant="primary", elem_id="spo_resume")
+            other = gr.Checkbox(
+                False,
+                label="Its preference model may have changed",
+                info="A run is gone on with by the model that it was begun with, unless this is on.",
+                elem_id="spo_run_other_preference",
+            )
             with gr.Row():
                 files_too = gr.Checkbox(False, label="Delete its LoRA files, too", elem_id="spo_delete_files")
                 delete = gr.Button("Delete", variant="stop", elem_id="spo_delete")
@@ -30,7 +36,8 @@ def build() -> list[Any]:
         with gr.Column(scale=5, min_width=420):
             facts = gr.HTML(elem_id="spo_run_facts")
     chosen.change(_show, [chosen], [facts])
-    resume.click(_resume, [chosen, steps], [said], _js="(...given) => { setTimeout(spo_follow, 1000); return given; }")
+    follow = "(...given) => { setTimeout(spo_follow, 1000); return given; }"
+    resume.click(_resume, [chosen, steps, other], [said], _js=follow)
     delete.click(_delete, [chosen, files_too], [said, chosen], _js="spo_confirm_delete")
     return [chosen]
 
@@ -51,11 +58,13 @@ def _show(name: str | None) -> str:
     return f"{page.note(run.text())}{curves}{page.pictures(run.samples[-4:])}"
 
 
-def _resume(name: str | None, steps: float | None) -> str:
+def _resume(name: str | None, steps: float | None, other_preference: bool = False) -> str:
     try:
         if not name:
             raise SpoError("Choose a run first.")
-        settings = {"steps": int(steps)} if steps else {}
+        settings: dict[str, Any] = {"steps": int(steps)} if steps else {}
+        if other_preference:
+            settings["allow_other_preference"] = True
         started = start_training(TrainingRequest(name, settings=settings, resume=True))
     except SpoError as error:
         return page.error(str(error))

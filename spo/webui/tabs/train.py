@@ -14,6 +14,7 @@ from spo.presets import NAMED
 from spo.prompts import read_prompts
 from spo.webui import a1111, folders, saved_settings
 from spo.webui.jobs import fetching, job
+from spo.webui.jobs.probe import time_text
 from spo.webui.jobs.training import TrainingRequest, plan_text, start_demo, start_training
 from spo.webui.packages import missing, missing_text
 from spo.webui.tabs import form, page, watch
@@ -175,7 +176,8 @@ def build() -> TrainTab:
     preference.change(_about_preference, [preference], [about_preference], show_progress="hidden")
     file.upload(_prompts_of_file, [file], [prompts, plan])
     bundled.click(folders.bundled_prompts, [], [prompts])
-    check.click(_with_errors(lambda *given: page.note(plan_text(_request(given)))), asked, [plan])
+    checked = check.click(_with_errors(_check), asked, [plan])
+    checked.then(_with_errors(_time), [plan, *asked], [plan], show_progress="hidden")
     start.click(_start, asked, [plan, lacking, lacking_text]).then(None, [], [], _js="spo_refresh_now")
     fetch.click(_fetch, [], [plan, lacking]).then(None, [], [], _js="spo_refresh_now")
     stop_fetch.click(_with_errors(_stop_fetching), [], [plan], queue=False).then(None, [], [], _js="spo_refresh_now")
@@ -235,6 +237,19 @@ def _with_errors(work: Callable[..., str]) -> Callable[..., str]:
             return page.error(str(error))
 
     return answer
+
+
+_MEASURING = "time        one step of it is being measured ..."
+
+
+def _check(*given: Any) -> str:
+    return page.note(f"{plan_text(_request(given))}\n{_MEASURING}")
+
+
+def _time(plan: str, *given: Any) -> str:
+    if _MEASURING not in plan:  # a sentence about what cannot work
+        return plan
+    return page.note(f"{plan_text(_request(given))}\n{time_text(_request(given))}")
 
 
 def _start(*given: Any) -> tuple[str, Any, str]:

@@ -44,10 +44,6 @@ def test_the_lora_of_a_run_is_named_with_a_picture_to_make_of_it(tmp_path):
     assert "data-lora" not in page.status(run)
 
 
-def test_times_are_rounded_as_people_say_them():
-    assert [page.time_text(s) for s in (0.2, 45, 600, 9000)] == ["1 seconds", "45 seconds", "10 minutes", "2.5 hours"]
-
-
 def status_of(**changes):
     made = Job("training", "<b>vivid</b>", "task(spo)")
     for name, value in changes.items():

@@ -33,10 +33,10 @@ def test_resume_asks_for_the_run_and_more_updates(webui, monkeypatch):
 
     monkeypatch.setattr(runs_tab, "start_training", start)
     assert "Going on with vivid" in runs_tab._resume("vivid", 0)
-    runs_tab._resume("vivid", 40.0)
+    runs_tab._resume("vivid", 40.0, True)
     assert [(one.name, one.settings, one.resume) for one in asked] == [
         ("vivid", {}, True),
-        ("vivid", {"steps": 40}, True),
+        ("vivid", {"steps": 40, "allow_other_preference": True}, True),
     ]
     assert "Choose a run first" in runs_tab._resume(None, 0) and len(asked) == 2
 
