@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -19,6 +20,7 @@ from spo.preference.taste.votes import LINES, PAIRS, Vote, VoteFolder, pair_id, 
 
 ENDINGS = (".safetensors", "_left.png", "_right.png")
 _LARGEST_BYTES = 64 * 2**20  # of one file in the zip, unpacked
+_LARGEST_TOTAL_BYTES = 16 * 2**30  # of all of them: some 4,000 pairs of SDXL
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,11 @@ def import_votes(folder: VoteFolder, path: Path) -> VoteImport:
     """Add the votes of a zip file that `export_votes` wrote. A vote that is here already stays as it is.
 
     Raises SpoError, and adds no vote, when the file is no such zip, is incomplete, holds other files or names that lead
-    out of the folder, or a pair whose latents do not belong to its id.
+    out of the folder, a pair whose latents do not belong to its id, or more than is accepted or the disk has room for.
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            _check_size(archive, path, shutil.disk_usage(_existing(folder.path)).free)
             votes = _read_votes(archive, path)
             _check_names(archive, votes, path)
             with folder.lock:
@@ -71,6 +74,18 @@ def import_votes(folder: VoteFolder, path: Path) -> VoteImport:
                 return VoteImport(len(new), len(known) - conflicts, conflicts)
     except (OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
         raise SpoError(f'"{path}" cannot be read as a zip file of votes ({error}).') from error
+
+
+def _check_size(archive: zipfile.ZipFile, path: Path, free_bytes: int) -> None:
+    """Before anything is unpacked. A file never unpacks to more than the size that it states."""
+    total = sum(info.file_size for info in archive.infolist())
+    for limit, what in ((_LARGEST_TOTAL_BYTES, "are accepted"), (free_bytes, "are free on the disk")):
+        if total > limit:
+            raise SpoError(f'"{path}" unpacks to {total / 2**30:.1f} GiB; at most {limit / 2**30:.1f} GiB {what}.')
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
 
 
 def _read(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:

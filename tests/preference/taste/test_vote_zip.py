@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from spo.errors import SpoError
+from spo.preference.taste import vote_zip
 from spo.preference.taste.vote_zip import VoteImport, export_votes, import_votes
 from spo.preference.taste.votes import LINES, VoteFolder
 from tests.vote_worlds import pair
@@ -94,3 +96,22 @@ def test_what_is_no_zip_of_votes_is_refused(tmp_path):
     with pytest.raises(SpoError, match="another id"):
         import_votes(folder, tmp_path / "swap.zip")
     assert folder.votes() == ()
+
+
+def test_a_zip_is_limited_in_total(tmp_path, monkeypatch):
+    """Ten files of 60 MB of zeros each, which are 600 kB packed; each is small enough by itself."""
+    mine, yours = VoteFolder(tmp_path / "mine"), VoteFolder(tmp_path / "yours")
+    mine.add(pair(0), "left")
+    export_votes(mine, tmp_path / "votes.zip")
+    with zipfile.ZipFile(tmp_path / "votes.zip", "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for number in range(10):
+            archive.writestr(f"pairs/{number}.png", bytes(60_000_000))
+    assert (tmp_path / "votes.zip").stat().st_size < 10e6
+    monkeypatch.setattr(vote_zip, "_LARGEST_TOTAL_BYTES", 2**29)
+    with pytest.raises(SpoError, match=r"unpacks to 0\.6 GiB; at most 0\.5 GiB are accepted"):
+        import_votes(yours, tmp_path / "votes.zip")
+    monkeypatch.undo()
+    monkeypatch.setattr(vote_zip.shutil, "disk_usage", lambda place: SimpleNamespace(free=2**28))
+    with pytest.raises(SpoError, match=r"at most 0\.2 GiB are free on the disk"):
+        import_votes(yours, tmp_path / "votes.zip")
+    assert not yours.path.exists()
