@@ -177,6 +177,53 @@
 
     // ---- voting: the next pair is fetched when it is ready; keys vote
 
+    // Of two pictures a key says which is better; of four the first number, or click, is the best, the second the worst
+    let best = null; // [id of the pool, number]
+    let chosen = ["", ""];
+
+    function choose(shown, number) {
+        const buttons = [...shown.querySelectorAll(".spo-pick")];
+        if (!buttons[number]) return;
+        if (!best || best[0] !== shown.dataset.pair) {
+            best = [shown.dataset.pair, number];
+            buttons[number].setAttribute("aria-pressed", "true");
+            shown.querySelector(".spo-vote-ask").textContent = "And which is the worst? (The best again: take it back.)";
+        } else if (best[1] === number) {
+            best = null;
+            buttons[number].setAttribute("aria-pressed", "false");
+            shown.querySelector(".spo-vote-ask").textContent = "Which is the best? Click it, or press its number.";
+        } else {
+            chosen = [shown.dataset.pair, best[1] + "," + number];
+            best = null;
+            click("spo_vote_choose");
+        }
+    }
+
+    document.addEventListener("click", function(event) {
+        const pressed = event.composedPath().find((one) => one.classList && one.classList.contains("spo-pick"));
+        const shown = votePair();
+        if (pressed && shown) choose(shown, Number(pressed.dataset.number));
+    });
+
+    // ---- earlier votes: a click on a picture, on Tie or on Skip is the vote's new answer
+
+    let changed = ["", ""];
+
+    function wallIds() {
+        return [...gradioApp().querySelectorAll("#spo_vote_wall figure")].map((one) => one.dataset.vote);
+    }
+
+    document.addEventListener("click", function(event) {
+        const pressed = event.composedPath().find((one) => one.classList && one.classList.contains("spo-change"));
+        if (!pressed) return;
+        changed = [(wallIds()[0] || "") + "," + pressed.dataset.vote, pressed.dataset.answer];
+        click("spo_vote_change");
+    });
+
+    window.spo_vote_chosen = () => chosen;
+    window.spo_vote_changed = (folder) => [folder, ...changed];
+    window.spo_vote_oldest = (folder) => [folder, wallIds().pop() || ""];
+
     const VOTE_KEYS = {
         ArrowLeft: "spo_vote_left", ArrowRight: "spo_vote_right", ArrowUp: "spo_vote_tie", ArrowDown: "spo_vote_skip",
         Backspace: "spo_vote_undo"
@@ -197,6 +244,11 @@
         const target = event.composedPath()[0];
         const typing = target && /^(INPUT|TEXTAREA|SELECT)$/.test(target.tagName);
         if (!shown || typing || event.ctrlKey || event.altKey || event.metaKey || event.repeat) return;
+        if (/^[1-8]$/.test(event.key) && shown.querySelector(".spo-pick")) {
+            event.preventDefault();
+            choose(shown, Number(event.key) - 1);
+            return;
+        }
         const button = VOTE_KEYS[event.key] && find(VOTE_KEYS[event.key]);
         if (!button || (!shown.dataset.pair && event.key !== "Backspace")) return;
         event.preventDefault();

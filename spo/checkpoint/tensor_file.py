@@ -169,8 +169,9 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         refuse(path, "is a torch checkpoint under a wrong name: rename it to .ckpt")
     with path.open("rb") as stream:
         is_zip = stream.read(2) == b"PK"
+    # not torch.load: the WebUI puts its own there, which answers None for what it does not know
     try:  # mmap: only the tensors that are used are read
-        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
+        content = torch.serialization.load(str(path), map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise SpoError(
             f'"{path.name}" is a pickle that holds more than tensors, and loading it could run any code: '

@@ -19,7 +19,7 @@ from spo.preference.clip.accuracy import accuracy_curves, accuracy_table
 from spo.preference.clip.pair_data import open_pairs
 from spo.preference.load import load
 from spo.preference.taste.fit import FitSettings
-from spo.training.clip import PRESETS, ClipTraining, check_output, starting_model, train_clip
+from spo.training.clip import PRESETS, ClipTraining, check_output, memory_bytes, starting_model, train_clip
 
 _CLIP_SETTINGS = {
     "steps": "optimizer updates (default: 8000 for SD1.5, 7000 for SDXL)",
@@ -65,6 +65,7 @@ def add_train_preference(command: Callable[[str, Callable[[argparse.Namespace], 
     clip.add("labels_from", metavar="FILE", help="take labels from this model, e.g. PickScore")
     clip.add("resume", action="store_true", help="go on with the run of --output")
     clip.add("frozen_text", action="store_true", help="do not train the text tower")
+    clip.add("optimizer", choices=("adamw", "adamw8bit"), help="adamw8bit needs bitsandbytes (default: adamw)")
     clip.add("width", type=int, help="of the pictures in pixels (default: 512 for SD1.5, 1024 for SDXL)")
     clip.add("height", type=int, help="likewise")
     for name in _HOST:
@@ -114,6 +115,7 @@ def _train_clip(options: argparse.Namespace) -> int:
     training = ClipTraining(
         output=options.output,
         train_text=not given.get("frozen_text", False),
+        optimizer=given.get("optimizer", "adamw"),
         replace=options.replace,
         **sizes,
         **{**PRESETS[architecture], **{name: given[name] for name in (*_CLIP_SETTINGS, "seed") if name in given}},
@@ -124,8 +126,8 @@ def _train_clip(options: argparse.Namespace) -> int:
     config = build_config({**{name: given[name] for name in _HOST if name in given}, **sizes}, architecture)
     source = open_pairs(given["data"])
     model = starting_model(given["start"].expanduser(), training.seed)
-    needed = model.training_bytes(train_text=training.train_text)
-    print(f"memory  {size_text(needed)} for weights, gradients and AdamW, beside a pass and the diffusion model")
+    needed = size_text(memory_bytes(model, training))
+    print(f"memory  {needed} for weights, gradients and AdamW, beside a pass and the diffusion model")
     host = load_host(config)
     labels_from = given.get("labels_from")
     labeller = load(labels_from, device=host.device, architecture=architecture) if labels_from else None

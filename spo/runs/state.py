@@ -77,7 +77,8 @@ def load_state(path: Path, kind: str) -> RunState:
                 f'"{path}" was written by an earlier version of SPO, whose state this one does not read: finish that '
                 "run with the earlier version, or start anew and replace it."
             )
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # not torch.load: the WebUI puts its own there, which answers None for what it does not know
+        content = torch.serialization.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise SpoError(f'there is no run to resume: "{path}" does not exist.') from error
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:

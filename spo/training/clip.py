@@ -26,6 +26,7 @@ from torch import Tensor
 from spo.algorithm.diffusion import training_sigmas
 from spo.algorithm.preference import Candidates, PreferenceModel
 from spo.checkpoint.tensor_file import TensorFile
+from spo.config import OptimizerConfig
 from spo.errors import SpoError
 from spo.files import exists_already, write_patiently
 from spo.preference.clip.loss import pair_label_loss
@@ -41,6 +42,7 @@ from spo.runs.metrics import MetricsFile
 from spo.runs.state import Stateful, load_state, save_state
 from spo.training.host import Host
 from spo.training.memory import halve_decode_batch, retry_with_less
+from spo.training.optimizer import make_optimizer
 from spo.training.schedule import Position, learning_rate, seconds_left
 
 KIND = "step-aware CLIP"  # of run, in its state file
@@ -65,6 +67,7 @@ class ClipTraining:
     measure_every    updates between measurements, besides one before and one at the end; 0: only those two
     label_gap        with a labelling model: a pair whose softmax probabilities differ by less is a tie
     train_text       whether the text tower learns, too, as published
+    optimizer        "adamw", or "adamw8bit" (bitsandbytes), whose moments take a quarter
     """
 
     output: Path
@@ -84,6 +87,7 @@ class ClipTraining:
     save_every: int = 500
     label_gap: float = 0.1
     train_text: bool = True
+    optimizer: str = "adamw"
     save_precision: str = "float32"
     replace: bool = False
 
@@ -99,6 +103,8 @@ class ClipTraining:
                 raise SpoError(f"{name} is {getattr(self, name)} pixels; accepted are multiples of 8 from 64.")
         if self.save_precision not in ("float32", "float16", "bfloat16"):
             raise SpoError(f'save_precision is "{self.save_precision}"; accepted are float32, float16 and bfloat16.')
+        if self.optimizer not in ("adamw", "adamw8bit"):
+            raise SpoError(f'optimizer is "{self.optimizer}"; accepted are adamw and adamw8bit.')
         if self.output.suffix != ".safetensors":
             raise SpoError(f'output is "{self.output}"; accepted is a name that ends in .safetensors.')
 
@@ -122,6 +128,12 @@ class ClipTrainingReport:
     accuracy: tuple[Accuracy, ...]
     skipped: int
     files: RunFiles
+
+
+def memory_bytes(model: StepAwareCLIP, settings: ClipTraining) -> int:
+    """What training `model` takes, beside the activations of a pass and the diffusion model."""
+    moment_bytes = 1 if settings.optimizer == "adamw8bit" else 4
+    return model.training_bytes(train_text=settings.train_text, moment_bytes=moment_bytes)
 
 
 # ---------------------------------------------------------------------------------------------- start
@@ -340,7 +352,9 @@ def train_clip(
     # ---- Every object that must survive a stop stands in `survivors`.
     model = _unfreeze(model.to(host.device), settings)
     trained = [value for value in model.parameters() if value.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=settings.weight_decay)
+    optimizer = make_optimizer(
+        trained, OptimizerConfig(optimizer=settings.optimizer, weight_decay=settings.weight_decay)
+    )
     position, pairs, measurement = Position(), TrainingPairs(source, settings), LastMeasurement()
     survivors: dict[str, Stateful] = {
         "model": model,

@@ -1,14 +1,14 @@
-"""Pairs of pictures to vote on, made by the host that will train: same prompt, different noise.
+"""Pools of pictures to vote on, made by the host that will train: same prompt, different noise; two are a pair.
 
-The first picture of a pair is the ordinary picture of its seed. The second one parts ways with it at a step: the same
-seed with other noise from there on, as SPO's own candidates differ, or another seed altogether. A pair that parts ways
-is one pool of two whose inner steps last to the end, so that it costs one window of `sample_spo` and works in every
-host as it is.
+The first picture of a pool is the ordinary picture of its seed. The others part ways with it at a step: the same seed
+with other noise from there on, as SPO's own candidates differ, or other seeds altogether. Pictures that part ways are
+one pool of SPO's whose inner steps last to the end, so that they cost one window of `sample_spo` and work in every host
+as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from torch import Tensor
 from spo.algorithm.preference import Candidates
 from spo.algorithm.rollout import PoolVerdict, RolloutSettings
 from spo.errors import SpoError
-from spo.preference.taste.votes import VotePair
+from spo.images import to_picture
+from spo.preference.taste.votes import VotePair, VotePool
 from spo.rng import stable_seed
 from spo.training.host import Host
 
@@ -33,36 +34,75 @@ class _NoPreference:
 def make_pairs(
     host: Host, prompts: Sequence[str], seeds: Sequence[int], from_step: int | None = 4, eta: float = 1.0
 ) -> list[VotePair]:
-    """One pair for each prompt and seed, in one batch. The host must know the prompts (`prepare`).
+    """One pair for each prompt and seed, in one batch; see `make_pools`."""
+    made = _make(host, prompts, seeds, 2, from_step, eta)
+    return [
+        VotePair(
+            prompt, latents, pixels, left, right, _step(from_step), host.architecture, host.checkpoint_name,
+            host.checkpoint_hash,
+        )
+        for prompt, latents, pixels, (left, right) in made
+    ]  # fmt: skip
+
+
+def make_pools(
+    host: Host,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    count: int = 4,
+    from_step: int | None = 4,
+    eta: float = 1.0,
+) -> list[VotePool]:
+    """One pool of `count` pictures for each prompt and seed, in one batch. The host must know the prompts (`prepare`).
 
     from_step  the pictures share their seed, and differ in the noise of this step and of all later ones; the earlier,
-               the more they differ. None: two seeds, the second one derived from the first
+               the more they differ. None: different seeds, the others derived from the first
     eta        noise of a step; must be above 0 with from_step
 
     Raises SpoError when from_step is not a step of the host's ladder that adds noise.
     """
-    if from_step is None:
-        rights = [stable_seed(seed, "other picture") % 2**32 for seed in seeds]
-        plain = RolloutSettings(candidates=1, eta=eta)
-        final = host.rollout([*prompts] * 2, [*seeds, *rights], plain, _NoPreference(), _ignore).x
-        latents = final.unflatten(0, (2, -1)).transpose(0, 1)
-    else:
-        rights, latents = list(seeds), _parted(host, prompts, seeds, from_step, eta)
-    pixels = host.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+    made = _make(host, prompts, seeds, count, from_step, eta)
     return [
-        VotePair(
-            prompt, latents[n].float().cpu(), pixels[n].float().cpu(), seeds[n], rights[n],
-            -1 if from_step is None else from_step, host.architecture, host.checkpoint_name, host.checkpoint_hash,
+        VotePool(
+            prompt, latents, tuple(to_picture(one) for one in pixels), of, _step(from_step), host.architecture,
+            host.checkpoint_name, host.checkpoint_hash,
         )
-        for n, prompt in enumerate(prompts)
+        for prompt, latents, pixels, of in made
     ]  # fmt: skip
 
 
-def _parted(host: Host, prompts: Sequence[str], seeds: Sequence[int], from_step: int, eta: float) -> Tensor:
-    """[B, 2, C, h, w] final latents of pictures that part ways at `from_step`."""
+def _make(
+    host: Host, prompts: Sequence[str], seeds: Sequence[int], count: int, from_step: int | None, eta: float
+) -> Iterator[tuple[str, Tensor, Tensor, tuple[int, ...]]]:
+    """Of each prompt latents [K, C, h, w] and pixels [K, 3, height, width], float32 on the CPU, and the K seeds."""
+    if from_step is None:
+        others = [[_other_seed(seed, number) for seed in seeds] for number in range(1, count)]
+        all_seeds = [list(seeds), *others]
+        plain = RolloutSettings(candidates=1, eta=eta)
+        flat = [seed for row in all_seeds for seed in row]
+        final = host.rollout([*prompts] * count, flat, plain, _NoPreference(), _ignore).x
+        latents = final.unflatten(0, (count, -1)).transpose(0, 1)
+    else:
+        all_seeds, latents = [list(seeds)] * count, _parted(host, prompts, seeds, count, from_step, eta)
+    pixels = host.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
+    for n, prompt in enumerate(prompts):
+        yield prompt, latents[n].float().cpu(), pixels[n].float().cpu(), tuple(row[n] for row in all_seeds)
+
+
+def _other_seed(seed: int, number: int) -> int:
+    key = ("other picture",) if number == 1 else ("other picture", number)
+    return stable_seed(seed, *key) % 2**32
+
+
+def _step(from_step: int | None) -> int:
+    return -1 if from_step is None else from_step
+
+
+def _parted(host: Host, prompts: Sequence[str], seeds: Sequence[int], count: int, from_step: int, eta: float) -> Tensor:
+    """[B, K, C, h, w] final latents of pictures that part ways at `from_step`."""
     seen: list[PoolVerdict] = []
     to_the_end = RolloutSettings(
-        candidates=2, inner_steps=10_000, divert_start_step=from_step, eta=eta, threshold=float("inf")
+        candidates=count, inner_steps=10_000, divert_start_step=from_step, eta=eta, threshold=float("inf")
     )
     host.rollout(prompts, seeds, to_the_end, _NoPreference(), seen.append)
     if len(seen) != 1 or seen[0].step != from_step:

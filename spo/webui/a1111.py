@@ -83,6 +83,15 @@ def card() -> Card | None:
     return Card(found.name, found.total_memory / 2**30)
 
 
+def open_to_others() -> bool:
+    """Whether others may use the page, or are not to choose folders on it: no path that they give is opened then."""
+    from modules import shared
+
+    flags = shared.cmd_opts
+    names = ("listen", "share", "ngrok", "server_name", "hide_ui_dir_config")
+    return any(bool(getattr(flags, name, None)) for name in names)
+
+
 def clip_skip() -> int:
     """The Clip skip setting: 1 is the text encoder's last layer."""
     from modules import shared

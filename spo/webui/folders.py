@@ -23,6 +23,20 @@ def preference_folder() -> Path:
     return a1111.models_folder() / "SPO"
 
 
+def plain_name(name: str, what: str) -> str:
+    """A name that a file or folder of ours may have, on every system: letters, digits, spaces, - _ and dots inside.
+
+    what  it is called in the SpoError
+    """
+    text = (name or "").strip()
+    good = text and all(letter.isalnum() or letter in " _-." for letter in text)
+    if not good or text[0] == "." or text[-1] == "." or len(text.encode("utf-8", "replace")) > _MAX_BYTES:
+        raise SpoError(f'{what} is "{text[:80]}"; give letters, digits, spaces, - and _.')
+    if text.split(".")[0].strip().lower() in _RESERVED:
+        raise SpoError(f'{what} is "{text}", which Windows keeps for itself; give another one.')
+    return text
+
+
 def lora_path(name: str) -> Path:
     """The file of a LoRA's name, which may begin with a folder in the LoRA folder ("mine/vivid").
 
@@ -36,7 +50,7 @@ def lora_path(name: str) -> Path:
     for part in parts:
         bad = not part or part != part.strip() or part.startswith(".") or part.endswith(".")
         bad = bad or len(part.encode("utf-8", "replace")) > _MAX_BYTES
-        if bad or part.split(".")[0].lower() in _RESERVED:
+        if bad or part.split(".")[0].strip().lower() in _RESERVED:
             raise SpoError(f'LoRA name "{name[:80]}" cannot be used because of "{part}"; {rule}.')
     folder = a1111.lora_folder().resolve()
     path = folder.joinpath(*parts[:-1], f"{parts[-1]}.safetensors")
@@ -158,6 +172,28 @@ def preference_path(name: str) -> str:
     if name not in choices:
         raise SpoError(f'There is no preference model "{name[:80]}" in models/SPO{nearest(name, choices)}.')
     return str(preference_folder() / name)
+
+
+def labelled_pairs(name: str) -> Path:
+    """The folder or parquet file in models/SPO/pairs, or, where nobody else uses this WebUI, anywhere.
+
+    Raises SpoError for a path where the page is open to others (--listen, --share ...) or folders are not to be chosen
+    on it (--hide-ui-dir-config), and for a place on another machine, which asking alone would give the user's
+    credentials to.
+    """
+    text = name.strip()
+    if text.startswith(("\\\\", "//")):
+        raise SpoError(f'"{text[:80]}" is on another machine; copy the pairs into models/SPO/pairs.')
+    place = preference_folder() / "pairs"
+    parts = PurePosixPath(text.replace("\\", "/")).parts
+    inside = not Path(text).is_absolute() and ".." not in parts and not re.match("[A-Za-z]:", text)
+    if inside and (place / text).exists():
+        return place / text
+    if a1111.open_to_others():
+        raise SpoError(
+            f'"{text[:80]}" cannot be opened from here; name a folder or a parquet file in models/SPO/pairs.'
+        )
+    return Path(text).expanduser()
 
 
 def bundled_prompts() -> str:

@@ -28,9 +28,7 @@ def names() -> list[str]:
 
 def save(name: str, values: Mapping[str, Any]) -> Path:
     """Write models/SPO/settings/NAME.json. Raises SpoError for a bad name, or one that is taken."""
-    text = (name or "").strip()
-    if not text or not all(letter.isalnum() or letter in " _-." for letter in text) or text.startswith("."):
-        raise SpoError(f'settings name "{text[:80]}" cannot be used; give letters, digits, spaces, - and _.')
+    text = folders.plain_name(name, "the name of the settings")
     path = _folder() / f"{text}.json"
     if path.exists():
         raise exists_already(path)

@@ -80,3 +80,11 @@ def test_the_state_of_an_earlier_version_is_refused_with_a_way_out(tmp_path):
     save_file({"lora/a": torch.ones(1)}, tmp_path / "state.spo", {"spo_state": '{"format": 1}'})
     with pytest.raises(SpoError, match=r"written by an earlier version of SPO.*start anew and replace it"):
         load_state(tmp_path / "state.spo", "LoRA")
+
+
+def test_a_torch_load_that_somebody_replaced_is_not_used(tmp_path, monkeypatch):
+    """The WebUI does: its own answers None for a file with anything but tensors in it."""
+    path, layer = tmp_path / "state.spo", torch.nn.Linear(2, 3)
+    save_state(path, "LoRA", {"seed": 7}, {"layer": layer})
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: None)
+    assert load_state(path, "LoRA").facts == {"seed": 7}

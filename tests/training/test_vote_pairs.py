@@ -8,7 +8,7 @@ import torch
 from spo.algorithm.rollout import RolloutSettings
 from spo.config import build_config
 from spo.errors import SpoError
-from spo.training.vote_pairs import make_pairs
+from spo.training.vote_pairs import make_pairs, make_pools
 from tests.tiny_host import TinyHost
 
 
@@ -62,3 +62,16 @@ def test_two_seeds(host):
 def test_a_step_that_is_none_is_refused(host, from_step):
     with pytest.raises(SpoError):
         make_pairs(host, ["a"], [5], from_step)
+
+
+@pytest.mark.parametrize("from_step", [10, None])
+def test_a_pool_begins_with_its_pair(host, from_step):
+    (pool,) = make_pools(host, ["a"], [5], 4, from_step)
+    (pair,) = make_pairs(host, ["a"], [5], from_step)
+    assert len(pool) == 4 and pool.latents.shape == (4, 4, 8, 8) and pool.pictures[0].size == (64, 64)
+    torch.testing.assert_close(pool.latents[0], pair.latents[0])
+    torch.testing.assert_close(pool.latents[1], pair.latents[1], rtol=1e-3, atol=1e-3)
+    assert pool.seeds[:2] == (pair.seed_left, pair.seed_right) and pool.from_step == pair.from_step
+    assert len(set(pool.seeds)) == (1 if from_step else 4)
+    distances = [float((pool.latents[i] - pool.latents[j]).abs().mean()) for i in range(4) for j in range(i)]
+    assert min(distances) > 0

@@ -32,15 +32,6 @@ def train_tiny(folder, name, preference=None, **changes):
         return train(borrowed_host, config, ["a fox", "a boat"], preference or MeanOfChannel())
 
 
-def load_afresh(info):
-    """Load a checkpoint as at the WebUI's start; what it empties on the way leaves the list to reuse from."""
-    from modules import sd_models
-
-    model = sd_models.load_model(info)
-    sd_models.model_data.loaded_sd_models[:] = [model]
-    return model
-
-
 def same_lora(first, second):
     """Whether two runs' LoRAs are equal to the bit."""
     one, other = read_lora(first.output).layers, read_lora(second.output).layers
@@ -58,11 +49,11 @@ def started_with(webui, monkeypatch):
     def start(flag, name):
         monkeypatch.setattr(shared.cmd_opts, flag, True)
         info = host.load(name).sd_checkpoint_info
-        return load_afresh(info)
+        return host.load_afresh(info)
 
     yield start
     monkeypatch.undo()
-    load_afresh(sd_models.model_data.sd_model.sd_checkpoint_info)
+    host.load_afresh(sd_models.model_data.sd_model.sd_checkpoint_info)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -255,7 +246,7 @@ def test_what_is_chosen_in_the_middle_waits_for_the_end(webui, tmp_path, monkeyp
         assert torch.float8_e4m3fn in {value.dtype for value in model.model.diffusion_model.parameters()}
     monkeypatch.undo()
     for _ in range(2):  # the first time after FP8, the WebUI itself loads by way of half precision
-        load_afresh(sd_models.select_checkpoint())
+        host.load_afresh(sd_models.select_checkpoint())
     assert np.array_equal(host.txt2img("Euler a"), before)
 
 
@@ -431,6 +422,7 @@ def test_a_ckpt_that_the_webui_has_loaded_is_trained(webui, tmp_path, monkeypatc
             raise AssertionError(f"{path} is opened once more")
 
         monkeypatch.setattr(tensor_file, "_load_pickle", opened)
+        monkeypatch.setattr(training, "DEMO_CHECKPOINT", pickle.name)  # so that the demo's preference model is taken
         request = training.TrainingRequest(
             "spo-test-of-a-pickle", ["a fox"], {"preference": "demo", "width": 128, "height": 128}
         )

@@ -54,3 +54,35 @@ def test_loras_are_found_as_the_webui_finds_them(webui, tmp_path):
 
 def test_the_bundled_prompts_are_there():
     assert len(Path(folders.BUNDLED_PROMPTS).read_text("utf-8").splitlines()) > 50
+
+
+def test_labelled_pairs_are_anywhere_for_their_owner_and_in_one_folder_for_others(webui, tmp_path, monkeypatch):
+    place = folders.preference_folder() / "pairs"
+    (place / "mine").mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert folders.labelled_pairs("mine") == place / "mine"
+    assert folders.labelled_pairs(str(elsewhere)) == elsewhere
+    for other_machine in ("\\\\host\\share", "//host/share"):
+        with pytest.raises(SpoError, match="on another machine"):
+            folders.labelled_pairs(other_machine)
+    for flag in ("listen", "share", "hide_ui_dir_config"):
+        monkeypatch.setattr(webui.shared.cmd_opts, flag, True, raising=False)
+        assert folders.labelled_pairs("mine") == place / "mine"
+        for path in (str(elsewhere), "../../elsewhere", "mine/../../x", "C:\\pairs", "nothing"):
+            with pytest.raises(SpoError, match="cannot be opened from here"):
+                folders.labelled_pairs(path)
+        monkeypatch.setattr(webui.shared.cmd_opts, flag, False)
+
+
+@pytest.mark.parametrize("name", ["my-taste.v2", "Größe 3", "a_b"])
+def test_names_that_every_system_takes(name):
+    assert folders.plain_name(f" {name} ", "the name") == name
+
+
+@pytest.mark.parametrize(
+    "name", ["con", "NUL.txt", "com1 .x", "ends.", ".hidden", "a/b", "a\\b", "a:b", "", " ", "x" * 300]
+)
+def test_names_that_some_system_does_not_take(name):
+    with pytest.raises(SpoError, match="the name is"):
+        folders.plain_name(name, "the name")

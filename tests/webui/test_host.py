@@ -61,6 +61,15 @@ def load(name, ending=".safetensors"):
     return sd_models.model_data.get_sd_model()
 
 
+def load_afresh(info):
+    """Load a checkpoint as at the WebUI's start; what it empties on the way leaves the list to reuse from."""
+    from modules import sd_models
+
+    model = sd_models.load_model(info)
+    sd_models.model_data.loaded_sd_models[:] = [model]
+    return model
+
+
 def txt2img(sampler_name, *, prompt=PROMPT, seed=7, scheduler="Karras", size=128, steps=8, pictures=2):
     from modules import processing, shared
 
@@ -351,7 +360,8 @@ def test_weights_stored_in_float8(webui, tmp_path):
         assert {value.dtype for value in shared.sd_model.model.diffusion_model.parameters()} == types
     finally:
         shared.opts.data["fp8_storage"] = "Disable"
-        sd_models.reload_model_weights(forced_reload=True)
+        for _ in range(2):  # the first time after FP8, the WebUI itself loads by way of half precision
+            load_afresh(sd_models.select_checkpoint())
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_is_touched(webui, tmp_path, monkeypatch):
@@ -361,11 +371,12 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_touched(webui, tmp
 
     def refused(words):
         with pytest.raises(SpoError, match=words):
-            a1111.loaded_checkpoint()
+            a1111.refuse_training(a1111.loaded_checkpoint())
         monkeypatch.undo()
 
     model = load("tiny-sd1")
     monkeypatch.setattr(shared.cmd_opts, "lowvram", True)
+    monkeypatch.setattr(model, "lowvram", True)
     refused("--lowvram")
     for flag, words in (("is_sd3", "not SD1.5 or SDXL"), ("is_sd2", "Stable Diffusion 2")):
         monkeypatch.setattr(model, flag, True)

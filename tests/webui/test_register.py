@@ -8,7 +8,7 @@ pytest.importorskip("gradio")
 fastapi = pytest.importorskip("fastapi")
 
 from spo.webui import a1111, register, xyz  # noqa: E402
-from spo.webui.jobs import job, voting  # noqa: E402
+from spo.webui.jobs import fetching, job, voting  # noqa: E402
 from spo.webui.tabs import tab  # noqa: E402
 from tests.webui import stand_in  # noqa: E402
 
@@ -26,7 +26,7 @@ def given(webui, monkeypatch):
 
 def test_the_tab_the_axes_and_the_end_of_our_threads(given):
     assert given["before_page"] is xyz.add_axes and given["tabs"] is tab.tabs
-    assert set(given["ends"]) == {job.end, voting.end}
+    assert set(given["ends"]) == {job.end, fetching.end, voting.end}
 
 
 @pytest.mark.parametrize(("flags", "wanted"), [((True, False), True), ((False, True), True), ((False, False), False)])

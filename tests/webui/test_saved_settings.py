@@ -17,7 +17,7 @@ def test_settings_are_saved_once_and_loaded_without_the_hosts_own(webui):
     assert saved_settings.load("my set") == {"rank": 8, "learning_rate": 1e-4}
     with pytest.raises(SpoError, match="exists already"):
         saved_settings.save("my set", {})
-    with pytest.raises(SpoError, match="settings name"):
+    with pytest.raises(SpoError, match="the name of the settings"):
         saved_settings.save("../x", {})
     make_run("vivid")
     assert saved_settings.names() == ["my set", "run: vivid"]

@@ -175,14 +175,16 @@ class StepAwareCLIP(nn.Module):
             scores = scale * (pictures.unflatten(0, pixels.shape[:2]) * texts.to(pictures.device)).sum(-1)
         return scores.to(candidates.x.device)
 
-    def training_bytes(self, *, train_text: bool = True) -> int:
+    def training_bytes(self, *, train_text: bool = True, moment_bytes: int = 4) -> int:
         """What training it takes in float32: weights, and of those that learn gradients and AdamW's two moments.
+
+        moment_bytes  of a moment of one weight; 1 with 8-bit moments
 
         Beside that come the activations of a pass and the diffusion model.
         """
         frozen = () if train_text else ("text_model.", "text_projection.")
         return sum(
-            value.numel() * (4 if name.startswith(frozen) else 16)
+            value.numel() * (4 if name.startswith(frozen) else 8 + 2 * moment_bytes)
             for name, value in self.named_parameters()
         )  # fmt: skip
 

@@ -25,10 +25,12 @@ from spo.algorithm.diffusion import network_input, scaled_linear_alphas_cumprod,
 from spo.algorithm.preference import Candidates, PreferenceModel
 from spo.errors import SpoError
 from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork
-from spo.preference.taste.votes import VoteFolder
+from spo.preference.taste.votes import Vote, VoteFolder
 from spo.report.tables import table
 from spo.report.win_rate import wilson_interval
 from spo.rng import generator, permutation, stable_seed
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,18 @@ def fit_member(
     settings: FitSettings,
     member: int,
     progress: Callable[[float], None] | None = None,
+    device: torch.device = _CPU,
 ) -> TasteNetwork:
     """One member fitted to [N, 2, 4, h, w] clean latents and [N] answers (1 left, 0.5 tie, 0 right).
 
     progress  called with the share of updates done
+    device    where it computes; random numbers and the result are the CPU's
     """
     position = (settings.seed, "taste", member)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_seed(*position))
-        network = TasteNetwork(settings.width)
-    log_tie = nn.Parameter(torch.tensor(-1.0))
+        network = TasteNetwork(settings.width).to(device)
+    log_tie = nn.Parameter(torch.tensor(-1.0, device=device))
     groups: list[dict[str, Any]] = [
         {"params": list(network.parameters())},
         {"params": [log_tie], "weight_decay": 0.0},
@@ -103,16 +107,16 @@ def fit_member(
         sigma = sigmas[torch.randint(len(sigmas), (len(rows),), generator=draw)]
         clean = latents[rows]
         noise = torch.randn(clean.shape, generator=draw)
-        noisy = (clean + sigma[:, None, None, None, None] * noise).flatten(0, 1)
-        sigma_of_both = sigma.repeat_interleave(2)  # one noise level a pair, but independent noise: see above
+        noisy = (clean + sigma[:, None, None, None, None] * noise).flatten(0, 1).to(device)
+        sigma_of_both = sigma.repeat_interleave(2).to(device)  # one level a pair, but independent noise: see above
         scores = network(network_input(noisy, sigma_of_both), sigma_of_both).unflatten(0, (-1, 2))
-        loss = davidson_loss(scores[:, 0] - scores[:, 1], answers[rows], log_tie).mean()
+        loss = davidson_loss(scores[:, 0] - scores[:, 1], answers[rows].to(device), log_tie).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-    return network.eval().requires_grad_(False)
+    return network.cpu().eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------- fitting and judging
@@ -131,6 +135,8 @@ class VoteSet:
     ids      N ids of the votes
     architecture, checkpoint_name, checkpoint_hash  of most of them
     left_out  votes on pictures of another architecture or size than most, whose latents do not go together
+    groups    N numbers from 0 in the order they appear: votes of one pool, which share pictures, are held out together;
+              (): each by itself
     """
 
     latents: Tensor
@@ -140,6 +146,7 @@ class VoteSet:
     checkpoint_name: str
     checkpoint_hash: str
     left_out: int = 0
+    groups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,7 +215,24 @@ def read_vote_set(folder: VoteFolder) -> VoteSet:
         name,
         digest,
         len(votes) - len(rows),
+        _groups([votes[n] for n in rows]),
     )
+
+
+def _groups(votes: Sequence[Vote]) -> tuple[int, ...]:
+    """The group of each vote: those of one prompt that share a seed, directly or by way of others."""
+    groups: list[int] = []
+    known: dict[tuple[str, int], int] = {}
+    for number, vote in enumerate(votes):
+        seeds = {(vote.prompt, vote.seed_left), (vote.prompt, vote.seed_right)}
+        if vote.from_step < 0 and vote.seed_left == vote.seed_right:
+            seeds = {(vote.id, 0)}  # the user's own pictures have no seeds
+        joined = {known[seed] for seed in seeds if seed in known}
+        group = min(joined, default=number)
+        groups = [group if one in joined else one for one in groups] + [group]
+        known = {seed: group if one in joined else one for seed, one in known.items()} | dict.fromkeys(seeds, group)
+    order = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    return tuple(order[group] for group in groups)
 
 
 def fit_taste(
@@ -218,11 +242,13 @@ def fit_taste(
     name: str = "taste",
     others: Sequence[HeldOutAccuracy] = (),
     progress: Callable[[float], None] | None = None,
+    device: torch.device = _CPU,
 ) -> FittedTaste:
     """Fit the ensemble, and measure each member on the fold it left out, by noise level.
 
     others    further scorers' accuracies, for the report (see `accuracy_of`)
     progress  called with the share that is done, 0 ... 1; may raise to stop
+    device    where members are fitted; the head is on the CPU
 
     Raises SpoError when there are too few votes that prefer a side, or when the head does not order held-out votes
     better than chance: then the votes contradict each other, or follow nothing that it can see.
@@ -235,7 +261,8 @@ def fit_taste(
         raise SpoError(
             f"{count} votes prefer a side; at least {LEAST_VOTES} are needed, and 200 or more make a dependable taste."
         )
-    folds = fold_of(len(votes.answers), settings.members, settings.seed)
+    groups = votes.groups or tuple(range(len(votes.answers)))
+    folds = fold_of(max(groups) + 1, settings.members, settings.seed)[list(groups)]
     members = []
     for member in range(settings.members):
         rest = folds != member
@@ -244,7 +271,7 @@ def fit_taste(
             if progress is not None:
                 progress((member + share) / settings.members)
 
-        members.append(fit_member(votes.latents[rest], votes.answers[rest], settings, member, member_progress))
+        members.append(fit_member(votes.latents[rest], votes.answers[rest], settings, member, member_progress, device))
     accuracies = [_held_out(members, votes, folds, timestep, settings) for timestep in SHOWN_TIMESTEPS]
     least_noisy = accuracies[0]
     if least_noisy.low <= 0.5:

@@ -112,22 +112,22 @@ class TasteHead:
 
 
 def choose_pair(head: TasteHead | None, candidates: Sequence[Tensor], seed: int = 0) -> int:
-    """Which of several pairs teaches most: the one whose answer the ensemble's members disagree about most.
+    """Which of several pairs or pools teaches most: the one that the ensemble's members disagree about most.
 
     head        None, or no votes yet: one at random
-    candidates  the pairs' clean latents, [2, 4, h, w] each, as in `VotePair`
+    candidates  their clean latents, [K, 4, h, w] each, as in `VotePool`
 
-    The disagreement is the deviation over members of the probability that the left picture is preferred (query by
-    committee, Seung et al. 1992). Raises ValueError when there are no candidates.
+    The disagreement is the deviation over members of the probability that a picture is the best one, its mean over the
+    pictures (query by committee, Seung et al. 1992). Raises ValueError when there are no candidates.
     """
     if not candidates:
-        raise ValueError("no pairs to choose from")
+        raise ValueError("nothing to choose from")
     if head is None:
         return stable_seed(seed, "pair") % len(candidates)
     spread = []
     for latents in candidates:
         scores = head.member_scores(latents.float(), sigma=0.0)
-        spread.append(float((scores[:, 0] - scores[:, 1]).sigmoid().std()))
+        spread.append(float(scores.softmax(1).std(0).mean()))
     return max(range(len(spread)), key=spread.__getitem__)
 
 

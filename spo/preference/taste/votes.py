@@ -21,11 +21,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +70,49 @@ class VotePair:
     def id(self) -> str:
         """See `pair_id`."""
         return pair_id(self.prompt, self.latents)
+
+
+@dataclass(frozen=True)
+class VotePool:
+    """Finished pictures of one prompt, of which the best and the worst are named; two are a pair.
+
+    latents    [K, C, h, w] clean, as the VAE expects them
+    pictures   K of them, on disk or in memory: `PIL.Image.Image` or a path to a PNG file
+    seeds      K; equal where the pictures part ways at `from_step`; the rest as in `VotePair`
+    """
+
+    prompt: str
+    latents: Tensor
+    pictures: tuple[Any, ...]
+    seeds: tuple[int, ...]
+    from_step: int
+    architecture: str
+    checkpoint_name: str
+    checkpoint_hash: str
+
+    @property
+    def id(self) -> str:
+        """See `pair_id`."""
+        return pair_id(self.prompt, self.latents)
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+
+def comparisons(count: int, best: int, worst: int) -> dict[tuple[int, int], str]:
+    """What naming the best and the worst of a pool says: (i, j) with i < j -> "left" or "right".
+
+    2 count - 3 of the count (count - 1) / 2 comparisons: of four pictures five of six. Raises SpoError for positions
+    that are equal, or none of the pool's.
+    """
+    if best == worst or not (0 <= best < count and 0 <= worst < count):
+        raise SpoError(f"best {best + 1} and worst {worst + 1} are given; accepted are two different ones of {count}.")
+    said = {}
+    for first in range(count):
+        for second in range(first + 1, count):
+            if best in (first, second) or worst in (first, second):
+                said[first, second] = "left" if first == best or second == worst else "right"
+    return said
 
 
 @dataclass(frozen=True)
@@ -155,6 +200,29 @@ class VoteFolder:
             self.append_votes([vote])
             return vote
 
+    def add_pool(self, pool: VotePool, answers: Mapping[tuple[int, int], str]) -> list[Vote]:
+        """Record votes on pairs of a pool's pictures, all or none; a pair that has a vote already keeps it.
+
+        answers  positions (i, j) of the left and the right picture -> answer; see `comparisons`
+        """
+        for answer in answers.values():
+            _check_answer(answer)
+        with self.lock:
+            standing = {vote.id for vote in self.votes()}
+            new = []
+            for (left, right), answer in answers.items():
+                latents = pool.latents[[left, right]]
+                vote = Vote(
+                    pair_id(pool.prompt, latents), answer, pool.prompt, pool.seeds[left], pool.seeds[right],
+                    pool.from_step, pool.architecture, pool.checkpoint_name, pool.checkpoint_hash, _now(),
+                )  # fmt: skip
+                if vote.id not in standing:
+                    self._write_files(vote.id, latents, (pool.pictures[left], pool.pictures[right]))
+                    new.append(vote)
+            if new:
+                self.append_votes(new)
+            return new
+
     def change(self, vote_id: str, answer: str) -> Vote:
         """Give a vote another answer. Raises SpoError for a vote that does not stand."""
         _check_answer(answer)
@@ -187,17 +255,20 @@ class VoteFolder:
         return self.path / PAIRS / f"{vote_id}{ending}"
 
     def _write_pair(self, pair: VotePair) -> None:
+        self._write_files(pair.id, pair.latents, [to_picture(pixels) for pixels in pair.pixels])
+
+    def _write_files(self, vote_id: str, latents: Tensor, pictures: Sequence[Any]) -> None:
+        """pictures: left and right, as in `VotePool`; files are linked where the system can, so they are there once."""
         from safetensors.torch import save_file
 
         try:
             (self.path / PAIRS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SpoError(f'the folder "{self.path}" cannot be made: {error.strerror}.') from error
-        latents = pair.latents.detach().cpu().half().contiguous()
-        write_whole(self._file(pair.id, ".safetensors"), lambda path: save_file({"latents": latents}, path))
-        for pixels, path in zip(pair.pixels, self.pictures(pair.id), strict=True):
-            picture = to_picture(pixels)
-            write_whole(path, lambda temporary, picture=picture: picture.save(temporary, "PNG"))  # type: ignore[misc]
+        latents = latents.detach().cpu().half().contiguous()
+        write_whole(self._file(vote_id, ".safetensors"), lambda path: save_file({"latents": latents}, path))
+        for picture, path in zip(pictures, self.pictures(vote_id), strict=True):
+            write_whole(path, partial(_write_picture, picture))
 
     def _events(self) -> list[dict[str, Any]]:
         """The lines of the file as objects, without a torn last one."""
@@ -229,6 +300,16 @@ class VoteFolder:
                 os.fsync(file.fileno())
         except OSError as error:
             raise SpoError(f'"{path}" cannot be written: {error.strerror}.') from error
+
+
+def _write_picture(picture: Any, path: Path) -> None:
+    if not isinstance(picture, Path):
+        picture.save(path, "PNG")
+        return
+    try:
+        os.link(picture, path)
+    except OSError:  # no hard links in this file system
+        shutil.copyfile(picture, path)
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 from spo.config import NATIVE_SIZE_PX, build_config
 from spo.errors import SpoError
+from spo.files import size_text
 from spo.preference.clip.accuracy import accuracy_curves, accuracy_table
 from spo.preference.clip.pair_data import open_pairs
 from spo.preference.load import load
 from spo.progress import Watcher
-from spo.training.clip import PRESETS, ClipTraining, check_output, starting_model, train_clip
+from spo.training.clip import PRESETS, ClipTraining, check_output, memory_bytes, starting_model, train_clip
 from spo.webui import a1111, folders
 from spo.webui.host import borrowed
 from spo.webui.jobs.job import Job, ready_checkpoint, start
-from spo.webui.jobs.voting import votes_folder
 
 if TYPE_CHECKING:
     from spo.progress import Progress
     from spo.training.clip import ClipTraining
+
+_BESIDE_GIB = 3  # a pass of the model, the diffusion model in half precision, and the driver
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class ClipRequest:
     """pairs: a folder or parquet files (see `pair_data`); start: the model to begin with.
 
     steps, learning_rate  0: the paper's; size_px: of the pictures, 0: the architecture's own
+    train_text, small_moments  as published the text tower learns, too, and AdamW's moments are float32
     """
 
     name: str
@@ -39,6 +42,8 @@ class ClipRequest:
     accumulation: int = 16
     learning_rate: float = 0.0
     size_px: int = 0
+    train_text: bool = True
+    small_moments: bool = False
     resume: bool = False
 
 
@@ -47,26 +52,26 @@ def start_clip_training(request: ClipRequest) -> Job:
 
     checkpoint = ready_checkpoint()
     architecture = checkpoint.architecture
-    votes_folder(request.name)  # the same rule for names
+    name = folders.plain_name(request.name, "the name of the model")
     if not request.pairs.strip():
-        raise SpoError("The labelled pairs are missing; give the path of a folder or of parquet files.")
+        raise SpoError("The labelled pairs are missing; name a folder or parquet file in models/SPO/pairs.")
     if not request.start.strip():
         raise SpoError("The model to start from is missing; choose PickScore, or a step-aware CLIP to go on with.")
     own = {"steps": request.steps, "learning_rate": request.learning_rate}
     settings = ClipTraining(
-        output=folders.preference_folder() / f"{request.name.strip()}.safetensors",
+        output=folders.preference_folder() / f"{name}.safetensors",
         width=request.size_px or NATIVE_SIZE_PX[architecture],
         height=request.size_px or NATIVE_SIZE_PX[architecture],
         pairs_per_call=request.pairs_per_call,
         accumulation=request.accumulation,
+        train_text=request.train_text,
+        optimizer="adamw8bit" if request.small_moments else "adamw",
         **{**PRESETS[architecture], **{name: value for name, value in own.items() if value}},
     )
     if not request.resume:
         check_output(settings)
-    source = open_pairs(request.pairs.strip())
-    return start(
-        "preference training", request.name.strip(), lambda job: _train(job, request, checkpoint, settings, source)
-    )
+    source = open_pairs(str(folders.labelled_pairs(request.pairs)))
+    return start("preference training", name, lambda job: _train(job, request, checkpoint, settings, source))
 
 
 def _train(job: Job, request: ClipRequest, checkpoint: a1111.Checkpoint, settings: ClipTraining, source: Any) -> None:
@@ -83,6 +88,7 @@ def _train(job: Job, request: ClipRequest, checkpoint: a1111.Checkpoint, setting
     }
     with borrowed(build_config(values, checkpoint.architecture)) as host:
         clip = starting_model(Path(folders.preference_path(request.start)), settings.seed)
+        _check_memory(memory_bytes(clip, settings), settings)
         labeller = None
         if request.labels_from:
             path = folders.preference_path(request.labels_from)
@@ -107,3 +113,20 @@ def _train(job: Job, request: ClipRequest, checkpoint: a1111.Checkpoint, setting
     else:
         job.phase = "stopped"
         job.say(f"Stopped after {report.steps} updates; the same settings with Go on continue.")
+
+
+def _check_memory(needed: int, settings: ClipTraining) -> None:
+    """SpoError when the card is too small, before anything is moved there."""
+    card = a1111.card()
+    if card is None or needed / 2**30 + _BESIDE_GIB <= card.total_gib:
+        return
+    less = [
+        text
+        for text, is_so in (("keep the text tower as it is", settings.train_text), ("take 8-bit moments", True))
+        if is_so and not (text.startswith("take") and settings.optimizer == "adamw8bit")
+    ]
+    advice = f"{' and '.join(less)} to need less" if less else "start from a smaller CLIP"
+    raise SpoError(
+        f"Training this model takes {size_text(needed)} and some {_BESIDE_GIB} GB for the rest; {card.name} has "
+        f"{card.total_gib:.0f}: {advice}."
+    )

@@ -1,14 +1,15 @@
-"""Voting on pairs of the loaded checkpoint's own pictures: pairs made ahead, votes on disk, the head fitted on the way.
+"""Voting on the loaded checkpoint's own pictures: made ahead, votes on disk, the head fitted on the way.
 
-A thread makes pairs while the user looks, a few at a time in the WebUI's queue, so that generation goes on in between.
+A thread makes pictures while the user looks, a few at a time in the WebUI's queue, so that generation goes on in
+between. They wait on disk: whoever made many ahead votes at the speed of the eye, today or tomorrow.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,21 @@ from spo.config import Config, build_config
 from spo.errors import SpoError
 from spo.files import exists_already
 from spo.preference.load import load
-from spo.preference.taste.fit import FitReport, accuracy_of, fit_taste, read_vote_set
+from spo.preference.taste.fit import (
+    FitReport,
+    FittedTaste,
+    HeldOutAccuracy,
+    VoteSet,
+    accuracy_of,
+    fit_taste,
+    read_vote_set,
+)
 from spo.preference.taste.head import TasteHead, choose_pair, save_taste
-from spo.preference.taste.votes import Vote, VoteFolder, VotePair
+from spo.preference.taste.votes import Vote, VoteFolder, VotePair, VotePool, comparisons
+from spo.preference.taste.waiting import WaitingPools
 from spo.rng import permutation, stable_seed
-from spo.training.vote_pairs import make_pairs
+from spo.training.memory import free_memory, is_out_of_memory
+from spo.training.vote_pairs import make_pools
 from spo.webui import a1111, folders
 from spo.webui.host import borrowed
 from spo.webui.jobs import job
@@ -32,15 +43,20 @@ from spo.webui.jobs import job
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-READY = 6  # pairs made ahead, from which the one that teaches most is taken
+READY = 6  # pairs or pools made ahead, at least
+MOST_AHEAD = 1000
 FIT_EVERY = 25
 FIRST_FIT = 50
-UNDO_DEPTH = 20  # pairs that come back by undo; all votes stay on disk
+UNDO_DEPTH = 20  # pairs and pools that come back by undo; all votes stay on disk
+_LOOKED_AT = 32  # of those made ahead, from which the one that teaches most is taken
 
 
 @dataclass(frozen=True)
 class VotingRequest:
-    """What pairs to make. from_step: first step whose noise differs; None: two seeds."""
+    """What to make. size: pictures at a time, 2 or more; from_step: first step whose noise differs; None: other seeds.
+
+    ahead  how many are made ahead and wait on disk
+    """
 
     folder: str
     prompts: Sequence[str]
@@ -50,90 +66,128 @@ class VotingRequest:
     width: int = 0
     height: int = 0
     negative_prompt: str = ""
+    size: int = 2
+    ahead: int = READY
 
 
 def votes_folder(name: str) -> Path:
     """models/SPO/votes/NAME. SpoError for a name that is none."""
-    text = (name or "").strip()
-    if not text or text.startswith(".") or not all(letter.isalnum() or letter in " _-." for letter in text):
-        raise SpoError(f'the name of the votes is "{text[:80]}"; give letters, digits, spaces, - and _.')
-    return folders.preference_folder() / "votes" / text
+    return folders.preference_folder() / "votes" / folders.plain_name(name, "the name of the votes")
 
 
 @dataclass
 class Session:
     """One user's voting. Methods are called by the page; `_work` by the thread.
 
-    pair      to vote on, None while none is ready; ready: made ahead; past: the last ones voted on
-    message   one sentence for the user; report: of the last fit
+    pool      to vote on, None while none is ready; ready: made ahead; past: the last ones, each with its votes' count
+    message   one sentence for the user; report: of the last fit; checkpoint: its name and hash
     """
 
     request: VotingRequest
     config: Config
-    message: str = "Making the first pair ..."
-    pair: VotePair | None = None
-    ready: list[VotePair] = field(default_factory=list)
-    past: list[VotePair] = field(default_factory=list)
+    checkpoint: tuple[str, str] = ("", "")
+    message: str = "Making the first pictures ..."
+    pool: VotePool | None = None
+    ready: list[VotePool] = field(default_factory=list)
+    past: list[tuple[VotePool, int]] = field(default_factory=list)
     head: TasteHead | None = None
     report: FitReport | None = None
     fitting: bool = False
     ended: bool = False
     _made: int = 0
+    _next_fit: int = FIRST_FIT
     _wake: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
         self.votes = VoteFolder(votes_folder(self.request.folder))
+        self.waiting = WaitingPools(self.votes)
         self.seed = stable_seed("voting", self.request.folder, time.time_ns())
 
     # ---- the page's side
 
     def answer(self, answer: str) -> None:
-        """Record the vote on the pair that is shown and show the next one. SpoError when none is shown."""
+        """Record the vote on the pair that is shown and show the next one. SpoError when none is shown.
+
+        A pool of more is passed over by "skip", and takes no other answer.
+        """
         with self._wake:
-            if self.pair is None:
-                raise SpoError("There is no pair to vote on yet; one moment.")
-            self.votes.add(self.pair, answer)
-            self.past = [*self.past[1 - UNDO_DEPTH :], self.pair]
-            self.pair, self.message = None, ""
-            self._show_next()
-            self._wake.notify_all()
-        count = sum(1 for vote in self.votes.votes() if vote.answer != "skip")
-        if count >= FIRST_FIT and count % FIT_EVERY == 0 and not self.fitting:
-            self.fitting = True
-            threading.Thread(target=self._fit, name="spo fit", daemon=True).start()
+            pool = self._shown()
+            if len(pool) > 2 and answer != "skip":
+                raise SpoError("Name the best picture of the four, then the worst.")
+            self._record(pool, {(0, 1): answer})
+        self._fit_now_and_then()
+
+    def choose(self, best: int, worst: int) -> None:
+        """Record what the best and the worst of the pool that is shown say, and show the next one. SpoError."""
+        with self._wake:
+            pool = self._shown()
+            self._record(pool, comparisons(len(pool), best, worst))
+        self._fit_now_and_then()
 
     def undo(self) -> None:
-        """Take back the last vote and show its pair again."""
+        """Take back the last vote, of a pool all that it said, and show its pictures again."""
         with self._wake:
-            undone: Vote | None = self.votes.undo()
+            pool, count = self.past.pop() if self.past else (None, 1)
+            undone: Vote | None = None
+            for _ in range(count):
+                undone = self.votes.undo() or undone
             if undone is None:
                 raise SpoError("There is no vote to take back.")
             self.message = f'Taken back: "{undone.prompt}".'
-            if self.past and self.past[-1].id == undone.id:
-                if self.pair is not None:
-                    self.ready.insert(0, self.pair)
-                self.pair = self.past.pop()
+            if pool is not None:
+                if self.pool is not None:
+                    self.ready.insert(0, self.pool)
+                self.pool = pool
 
     def end(self) -> None:
         with self._wake:
             self.ended = True
             self._wake.notify_all()
 
+    def _shown(self) -> VotePool:
+        if self.pool is None:
+            raise SpoError("There is nothing to vote on yet; one moment.")
+        return self.pool
+
+    def _record(self, pool: VotePool, answers: Mapping[tuple[int, int], str]) -> None:
+        count = len(self.votes.add_pool(pool, answers))
+        self.past.append((pool, count))
+        while len(self.past) > UNDO_DEPTH:
+            self.waiting.remove(self.past.pop(0)[0])
+        self.pool, self.message = None, ""
+        self._show_next()
+        self._wake.notify_all()
+
+    def _fit_now_and_then(self) -> None:
+        count = sum(1 for vote in self.votes.votes() if vote.answer != "skip")
+        if count >= self._next_fit and not self.fitting:
+            self._next_fit, self.fitting = count + FIT_EVERY, True
+            threading.Thread(target=self._fit, name="spo fit", daemon=True).start()
+
     # ---- the threads' side
 
     def _show_next(self) -> None:
-        if self.pair is None and self.ready:
-            at = choose_pair(self.head, [pair.latents for pair in self.ready], seed=self._made)
-            self.pair = self.ready.pop(at)
+        if self.pool is None and self.ready:
+            at = choose_pair(self.head, [pool.latents for pool in self.ready[:_LOOKED_AT]], seed=self._made)
+            self.pool = self.ready.pop(at)
 
     def _work(self) -> None:
+        try:
+            waiting = self.waiting.all(self._fits)
+        except Exception as error:  # the thread's edge: it reaches the user as the message
+            self._report_failure(error)
+            return
+        with self._wake:
+            self.ready += waiting
+            self._show_next()
+            self.message = "" if self.pool is not None else self.message
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self.ended or len(self.ready) < READY)
+                self._wake.wait_for(lambda: self.ended or len(self.ready) < max(READY, self.request.ahead))
                 if self.ended:
                     return
             try:
-                made = self._make_pairs(1 if self.pair is None else 2)
+                made = [self.waiting.add(pool) for pool in self._make_pools(1 if self.pool is None else 2)]
             except Exception as error:  # the thread's edge: it reaches the user as the message
                 self._report_failure(error)
                 return
@@ -143,30 +197,54 @@ class Session:
                 if self.message.startswith("Making"):
                     self.message = ""
 
+    def _fits(self, pool: VotePool) -> bool:
+        """Whether what waits is what would be made now."""
+        step = -1 if self.request.from_step is None else self.request.from_step
+        width, height = self.config.prompt.width // 8, self.config.prompt.height // 8
+        return (
+            (len(pool), pool.from_step) == (self.request.size, step)
+            and (pool.checkpoint_name, pool.checkpoint_hash) == self.checkpoint
+            and tuple(pool.latents.shape[2:]) == (height, width)
+            and pool.prompt in self.request.prompts
+        )
+
     def _report_failure(self, error: Exception) -> None:
         if not isinstance(error, SpoError):
-            a1111.report("SPO: making pairs failed")
+            a1111.report("SPO: making pictures to vote on failed")
         self.message = f"{error} Voting has ended; the votes are on disk."
         self.ended = True
 
-    def _make_pairs(self, count: int) -> list[VotePair]:
+    def _make_pools(self, count: int) -> list[VotePool]:
         with a1111.in_queue("SPO voting"):
             if self.ended:
                 return []
             with borrowed(self.config) as host:
                 host.prepare(list(self.request.prompts))
                 chosen = [self._position(self._made + n) for n in range(count)]
+                first = self._made
                 self._made += count
-                return make_pairs(
+                pools = make_pools(
                     host,
                     [prompt for prompt, _ in chosen],
                     [seed for _, seed in chosen],
+                    self.request.size,
                     self.request.from_step,
                     self.config.rollout.eta,
                 )
+        return [self._shuffled(pool, first + n) for n, pool in enumerate(pools)]
+
+    def _shuffled(self, pool: VotePool, index: int) -> VotePool:
+        """The first picture is the seed's ordinary one: it shall not always be on the left."""
+        order = permutation(len(pool), self.seed, "sides", index)
+        return replace(
+            pool,
+            latents=pool.latents[order],
+            pictures=tuple(pool.pictures[n] for n in order),
+            seeds=tuple(pool.seeds[n] for n in order),
+        )
 
     def _position(self, index: int) -> tuple[str, int]:
-        """Prompt and seed of pair number `index`: all prompts in turn, in another order each time round."""
+        """Prompt and seed of pool number `index`: all prompts in turn, in another order each time round."""
         prompts = self.request.prompts
         round_, within = divmod(index, len(prompts))
         order = permutation(len(prompts), self.seed, round_)
@@ -174,7 +252,7 @@ class Session:
 
     def _fit(self) -> None:
         try:
-            fitted = fit_taste(read_vote_set(self.votes), name=self.request.folder)
+            fitted = _fitted(read_vote_set(self.votes), self.request.folder)
             self.head, self.report, self.message = fitted.head, fitted.report, ""
         except SpoError as error:
             self.message = str(error)
@@ -189,7 +267,7 @@ class Session:
 
 
 _session: Session | None = None
-_thread: threading.Thread | None = None
+_threads: list[threading.Thread] = []
 
 
 def current() -> Session | None:
@@ -198,12 +276,18 @@ def current() -> Session | None:
 
 
 def start(request: VotingRequest) -> Session:
-    """Begin to make pairs. SpoError for what cannot work; an earlier session ends."""
-    global _session, _thread
+    """Begin, at once: pictures are made as the queue allows. SpoError for what cannot work; an earlier session ends."""
+    global _session
     votes_folder(request.folder)
     prompts = [text.strip() for text in request.prompts if text.strip()]
     if not prompts:
         raise SpoError("There are no prompts; write some, one a line, or take the bundled list.")
+    for value, name, low, high in (
+        (request.size, "Pictures at a time", 2, 8),
+        (request.ahead, "How many are made ahead", 1, MOST_AHEAD),
+    ):
+        if not low <= value <= high:
+            raise SpoError(f"{name}: {value}; accepted is {low} to {high}.")
     config = _config(
         request.folder,
         {
@@ -220,10 +304,13 @@ def start(request: VotingRequest) -> Session:
     running = job.current()
     if running is not None and running.live:
         raise SpoError(f'"{running.name}" is still going on; stop it or wait for its end.')
-    end()
-    _session = Session(VotingRequest(**{**vars(request), "prompts": prompts}), config)
-    _thread = threading.Thread(target=_session._work, name="spo voting", daemon=True)
-    _thread.start()
+    if _session is not None:
+        _session.end()
+    checkpoint = a1111.loaded_checkpoint()
+    _session = Session(replace(request, prompts=prompts), config, (checkpoint.name, checkpoint.hash))
+    thread = threading.Thread(target=_session._work, name="spo voting", daemon=True)
+    _threads[:] = [one for one in _threads if one.is_alive()] + [thread]
+    thread.start()
     return _session
 
 
@@ -236,11 +323,11 @@ def _config(name: str, values: dict[str, Any]) -> Config:
 
 
 def end(timeout_s: float = 120.0) -> None:
-    """End the voting and wait for its thread; votes are on disk already. For Reload UI, too."""
+    """End the voting; votes are on disk already. Its thread finishes the pictures that it makes, waited for so long."""
     if _session is not None:
         _session.end()
-    if _thread is not None and _thread.is_alive():
-        _thread.join(timeout_s)
+    for thread in _threads:
+        thread.join(timeout_s)
 
 
 def add_pictures(folder: str, prompt: str, left: Image, right: Image, answer: str) -> str:
@@ -280,14 +367,24 @@ def fit(folder: str, name: str, beside: Sequence[str] = ()) -> str:
 
     beside  other preference models whose accuracy on the same votes is compared
     """
-    votes_folder(name)  # the same rule for names
-    path = folders.preference_folder() / f"{name.strip()}.safetensors"
+    path = folders.preference_folder() / f"{folders.plain_name(name, 'the name of the taste head')}.safetensors"
     if path.exists():
         raise exists_already(path)
     place = VoteFolder(votes_folder(folder))
     votes = read_vote_set(place)
     others = [load(folders.preference_path(one), architecture=votes.architecture) for one in beside]
-    fitted = fit_taste(votes, name=name.strip(), others=[accuracy_of(one, place, votes) for one in others])
+    fitted = _fitted(votes, name.strip(), [accuracy_of(one, place, votes) for one in others])
     path.parent.mkdir(parents=True, exist_ok=True)
     save_taste(fitted.head, path)
     return f"{fitted.report.text()}\n\nSaved as {path.name}: choose it as the preference model in the Train tab."
+
+
+def _fitted(votes: VoteSet, name: str, others: Sequence[HeldOutAccuracy] = ()) -> FittedTaste:
+    """On the WebUI's device, beside whatever it does; on the CPU when the device has no room left for it."""
+    try:
+        return fit_taste(votes, name=name, others=others, device=a1111.device())
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    free_memory()
+    return fit_taste(votes, name=name, others=others)

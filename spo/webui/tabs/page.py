@@ -7,6 +7,7 @@ import html
 import io
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,6 +213,21 @@ def uri(picture: Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+@lru_cache(maxsize=128)
+def uri_of(path: Path, largest_px: int = 1024) -> str:
+    """A picture's file as a data URI, made once; no larger than that."""
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        picture.thumbnail((largest_px, largest_px))
+        return uri(picture)
+
+
+def zoom_button(path: Path, name: str) -> str:
+    """A picture's file as a picture that can be looked at large."""
+    return f'<button class="spo-zoom" type="button"><img alt="{name}, click for large" src="{uri_of(path)}"></button>'
+
+
 def _button(picture: Image, name: str) -> str:
     """A picture that can be looked at large."""
     name = html.escape(name)
@@ -229,11 +245,6 @@ def _file(path: Path, largest_px: int = 1400) -> str:
 def pictures(paths: Sequence[Path]) -> str:
     """Pictures one below the other."""
     return f'<div class="spo-samples">{"".join(_file(path) for path in paths)}</div>'
-
-
-def row(paths: Sequence[Path]) -> str:
-    """Pictures side by side."""
-    return f'<div class="spo-row spo-vote">{"".join(_file(path) for path in paths)}</div>'
 
 
 def error(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The Vote tab: two pictures, a key, the next two; then a taste head of one's own."""
+"""The Preference tab: vote on pairs or pools, fit a taste head to the votes; train a step-aware CLIP."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from typing import Any
 import gradio as gr
 
 from spo.errors import SpoError
-from spo.images import to_picture
 from spo.preference.taste.vote_zip import export_votes, import_votes
-from spo.preference.taste.votes import VoteFolder
+from spo.preference.taste.votes import Vote, VoteFolder, VotePool
 from spo.webui import a1111, folders
 from spo.webui.jobs import clip_training, voting
 from spo.webui.tabs import page
 
 _SAME, _OTHER = "Same seed, other noise from a step on", "Different seeds"
-_ANSWERS = ("left", "right", "tie", "skip")
-_MAX_EARLIER = 200
+_SIZES = {"Two: which is better": 2, "Four: the best, then the worst": 4}
+_CLIP_MEMORY = (
+    "A CLIP of the published size (ViT-H) takes 21 GB; 17 GB with the text tower left as it is; 11 GB with 8-bit "
+    "moments, too, which need the package bitsandbytes. Beside that come the diffusion model and a pass, some 3 GB."
+)
+_ON_A_WALL = 24  # earlier votes shown at a time
+_WALL_PX = 160
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,15 @@ def build() -> PreferenceTab:
             )
             bundled = gr.Button("The bundled list", size="sm", elem_id="spo_vote_bundled")
             negative = gr.Textbox(label="Negative prompt of the pairs", lines=1, elem_id="spo_vote_negative")
-            how = gr.Radio([_SAME, _OTHER], value=_SAME, label="The two pictures", elem_id="spo_vote_how")
+            size = gr.Radio(
+                list(_SIZES), value=next(iter(_SIZES)), label="Pictures at a time",
+                info="Two clicks on four pictures say five of their six comparisons.", elem_id="spo_vote_size",
+            )  # fmt: skip
+            ahead = gr.Slider(
+                voting.READY, 200, voting.READY, step=1, label="Make ahead",
+                info="They wait on disk: end voting, and go on with them another day.", elem_id="spo_vote_ahead",
+            )  # fmt: skip
+            how = gr.Radio([_SAME, _OTHER], value=_SAME, label="How pictures differ", elem_id="spo_vote_how")
             with gr.Row():
                 step = gr.Number(4, precision=0, label="They part ways at step", elem_id="spo_vote_step")
                 steps = gr.Number(20, precision=0, label="Sampling steps of a pair", elem_id="spo_vote_steps")
@@ -63,7 +75,7 @@ def build() -> PreferenceTab:
                     upload = gr.UploadButton("Import a zip", size="sm", file_types=[".zip"], elem_id="spo_vote_import")
                 exported = gr.File(label="Exported", visible=False, elem_id="spo_vote_zip")
         with gr.Column(scale=7, min_width=460):
-            pair = gr.HTML(_pair(), elem_id="spo_vote_pair")
+            pair = gr.HTML(_shown(), elem_id="spo_vote_pair")
             with gr.Row():
                 buttons = {
                     "left": gr.Button("Left is better (←)", elem_id="spo_vote_left"),
@@ -94,17 +106,15 @@ def build() -> PreferenceTab:
                     }
                 own_said = gr.HTML(elem_id="spo_vote_own_said")
             with gr.Accordion("Earlier votes", open=False, elem_id="spo_vote_gallery"):
+                gr.HTML(page.small("Click the picture that is better, or Tie, or Skip, to change a vote."))
                 with gr.Row():
-                    earlier = gr.Dropdown([], label="Vote", elem_id="spo_vote_earlier")
-                    look = gr.Button("Show votes", size="sm", elem_id="spo_vote_look")
-                pictures = gr.HTML(elem_id="spo_vote_pictures")
-                with gr.Row():
-                    answer = gr.Radio(list(_ANSWERS), label="Its answer", elem_id="spo_vote_answer")
-                    change = gr.Button("Change the answer", size="sm", elem_id="spo_vote_change")
+                    look = gr.Button("Show the newest", size="sm", elem_id="spo_vote_look")
+                    older = gr.Button("Older", size="sm", elem_id="spo_vote_older")
+                wall = gr.HTML(elem_id="spo_vote_wall")
             with gr.Accordion("Train a step-aware CLIP on labelled pairs", open=False, elem_id="spo_clip"):
                 pairs = gr.Textbox(
                     label="Labelled pairs",
-                    info="A folder of win and lose pictures, or Pick-a-Pic's parquet files.",
+                    info="A folder of win and lose pictures, or Pick-a-Pic's parquet files, in models/SPO/pairs.",
                     elem_id="spo_clip_pairs",
                 )
                 with gr.Row():
@@ -133,30 +143,36 @@ def build() -> PreferenceTab:
                     side = gr.Number(
                         0, precision=0, label="Picture size", info="0: the model's.", elem_id="spo_clip_size"
                     )
+                gr.HTML(page.small(_CLIP_MEMORY))
+                with gr.Row():
+                    train_text = gr.Checkbox(True, label="The text tower learns, too", elem_id="spo_clip_text")
+                    small_moments = gr.Checkbox(False, label="8-bit moments", elem_id="spo_clip_8bit")
                 with gr.Row():
                     clip_start = gr.Button("Start training", elem_id="spo_clip_start")
                     clip_resume = gr.Button("Go on", elem_id="spo_clip_resume")
                 clip_said = gr.HTML(elem_id="spo_clip_said")
     refresh = gr.Button("Refresh", elem_id="spo_vote_refresh")
-    seen = gr.Textbox("", elem_id="spo_vote_seen", visible=False)
+    choose, change = gr.Button("Choose", elem_id="spo_vote_choose"), gr.Button("Change", elem_id="spo_vote_change")
+    seen, chosen = gr.Textbox("", visible=False), gr.Textbox("", visible=False)  # filled by the page's script
 
     bundled.click(lambda: folders.BUNDLED_PROMPTS.read_text(encoding="utf-8"), [], [prompts])
-    asked = [folder, prompts, negative, how, step, steps, guidance, width, height]
-    start.click(_start, asked, [pair, said])
-    stop.click(_end, [], [pair])
+    asked = [folder, prompts, negative, size, ahead, how, step, steps, guidance, width, height]
+    start.click(_start, asked, [pair, said], queue=False)
+    stop.click(_end, [], [pair], queue=False)
+    choose.click(_choose, [seen, chosen], [pair], _js="spo_vote_chosen", show_progress="hidden")
     for given, button in buttons.items():
         button.click(_vote(given), [seen], [pair], _js="spo_vote_seen", show_progress="hidden")
     undo.click(_with_errors(_undo), [], [pair], show_progress="hidden")
-    refresh.click(_pair, [], [pair], queue=False, show_progress="hidden")
+    refresh.click(_shown, [], [pair], queue=False, show_progress="hidden")
     fit.click(_with_errors(_fit), [folder, name, beside], [fitted])
     for picture in own:
         picture.upload(_prompt_of, [picture, own_prompt], [own_prompt])
     for given, button in own_buttons.items():
         button.click(_with_errors(_own(given)), [folder, own_prompt, *own], [own_said])
-    look.click(_earlier, [folder], [earlier])
-    earlier.change(_show_vote, [folder, earlier], [pictures, answer])
-    change.click(_with_errors(_change), [folder, earlier, answer], [said])
-    clip_asked = [clip_name, pairs, begin, labels, updates, at_once, sums, rate, side]
+    look.click(_newest, [folder], [wall])
+    older.click(_older, [folder, seen], [wall], _js="spo_vote_oldest")
+    change.click(_change, [folder, seen, chosen], [wall, said], _js="spo_vote_changed", show_progress="hidden")
+    clip_asked = [clip_name, pairs, begin, labels, updates, at_once, sums, rate, side, train_text, small_moments]
     for button, resume in ((clip_start, False), (clip_resume, True)):
         begun = button.click(_with_errors(_clip(resume)), clip_asked, [clip_said])
         begun.then(None, [], [], _js="() => spo_refresh_now()")
@@ -186,42 +202,55 @@ def _with_errors(work: Callable[..., str]) -> Callable[..., str]:
     return answer
 
 
-def _start(folder: str, prompts: str, negative: str, how: str, step: Any, steps: Any, guidance: Any, *size: Any) -> Any:
+def _start(
+    folder: str, prompts: str, negative: str, size: str, ahead: Any, how: str, step: Any, steps: Any, cfg: Any, *px: Any
+) -> Any:
     request = voting.VotingRequest(
         folder=folder or "",
         prompts=(prompts or "").splitlines(),
         from_step=int(step or 0) if how == _SAME else None,
         sampling_steps=int(steps or 0),
-        guidance_scale=float(guidance or 0),
-        width=int(size[0] or 0),
-        height=int(size[1] or 0),
+        guidance_scale=float(cfg or 0),
+        width=int(px[0] or 0),
+        height=int(px[1] or 0),
         negative_prompt=negative or "",
+        size=_SIZES.get(size, 2),
+        ahead=int(ahead or 0),
     )
     try:
         voting.start(request)
     except SpoError as error:
-        return _pair(), page.error(str(error))
-    return _pair(), ""
+        return _shown(), page.error(str(error))
+    return _shown(), ""
 
 
 def _end() -> str:
-    voting.end()
-    return _pair()
+    voting.end(0.0)
+    return _shown()
 
 
 def _vote(answer: str) -> Callable[[str], str]:
-    def vote(seen: str) -> str:
-        session = voting.current()
-        # a key pressed again before the next pair has come counts once
-        if session is None or session.pair is None or session.pair.id != seen:
-            return _pair()
-        try:
-            session.answer(answer)
-        except SpoError as error:
-            return page.error(str(error)) + _pair()
-        return _pair()
+    return lambda seen: _answered(seen, lambda session: session.answer(answer))
 
-    return vote
+
+def _choose(seen: str, chosen: str) -> str:
+    """chosen: the numbers of the best and the worst from 0, "2,0"."""
+    best, _, worst = chosen.partition(",")
+    if not (best.isdigit() and worst.isdigit()):
+        return page.error(f'"{chosen[:20]}" does not name two pictures.') + _shown()
+    return _answered(seen, lambda session: session.choose(int(best), int(worst)))
+
+
+def _answered(seen: str, record: Callable[[voting.Session], None]) -> str:
+    session = voting.current()
+    # a key pressed again before the next pictures have come counts once
+    if session is None or session.pool is None or session.pool.id != seen:
+        return _shown()
+    try:
+        record(session)
+    except SpoError as error:
+        return page.error(str(error)) + _shown()
+    return _shown()
 
 
 def _undo() -> str:
@@ -229,43 +258,58 @@ def _undo() -> str:
     if session is None:
         raise SpoError("Press Start voting first.")
     session.undo()
-    return _pair()
+    return _shown()
 
 
-def _pair() -> str:
-    """The pair that is shown, the counter and the accuracy so far. Its attributes are for the page's script."""
+def _shown() -> str:
+    """What is voted on, the counter and the accuracy so far. Its attributes are for the page's script."""
     session = voting.current()
     if session is None:
         return '<div class="spo-vote" data-ready="1" data-pair="">Choose prompts and press Start voting.</div>'
-    counts = session.votes.counts()
-    pair = session.pair
+    counts, pool = session.votes.counts(), session.pool
+    ahead = "" if session.ended else f", {len(session.ready)} made ahead"
     below = (
-        f"<p><b>{counts.left + counts.right} votes</b>, {counts.tie} ties, {counts.skip} skipped. "
+        f'<p role="status"><b>{counts.left + counts.right} votes</b>, {counts.tie} ties, {counts.skip} skipped{ahead}. '
         f"{html.escape(session.message)}</p>"
     )
     if session.fitting:
         below += "<p>Fitting to your votes ...</p>"
     elif session.report is not None:
-        below += f'<pre class="spo-table">{html.escape(session.report.text())}</pre>'
-    ready = pair is not None or session.ended
+        below += f'<pre class="spo-table" tabindex="0">{html.escape(session.report.text())}</pre>'
     inside = ""
-    if pair is not None:
-        images = "".join(
-            f'<figure><img alt="{side}" src="{page.uri(to_picture(pixels))}"><figcaption>{side}</figcaption></figure>'
-            for side, pixels in zip(("left", "right"), pair.pixels, strict=True)
-        )
-        inside = f'<div class="spo-row">{images}</div><p class="spo-vote-prompt">{html.escape(pair.prompt)}</p>'
+    if pool is not None:
+        inside = _pictures(pool) + f'<p class="spo-vote-prompt">{html.escape(pool.prompt)}</p>'
     elif not session.ended:
-        inside = "<p>The next pair is being made ...</p>"
+        inside = "<p>The next pictures are being made ...</p>"
+    ready = (pool is not None or session.ended) and not session.fitting
     return (
-        f'<div class="spo-vote" data-ready="{int(ready and not session.fitting)}" '
-        f'data-pair="{pair.id if pair is not None else ""}" data-time="{time.time():.0f}">{inside}{below}</div>'
+        f'<div class="spo-vote" data-ready="{int(ready)}" data-pair="{pool.id if pool is not None else ""}" '
+        f'data-count="{len(pool) if pool is not None else 0}" data-time="{time.time():.0f}">{inside}{below}</div>'
+    )
+
+
+def _pictures(pool: VotePool) -> str:
+    """A pair's pictures look large when they are clicked; of more, a click names the best, and the next the worst."""
+    if len(pool) == 2:
+        sides = "".join(
+            f"<figure>{page.zoom_button(path, side)}<figcaption>{side}</figcaption></figure>"
+            for side, path in zip(("left", "right"), pool.pictures, strict=True)
+        )
+        return f'<div class="spo-row spo-together">{sides}</div>'
+    cells = "".join(
+        f'<figure><button type="button" class="spo-pick" data-number="{n}" aria-pressed="false">'
+        f'<img alt="picture {n + 1}" src="{page.uri_of(path)}"></button><figcaption>{n + 1}</figcaption></figure>'
+        for n, path in enumerate(pool.pictures)
+    )
+    return (
+        '<p class="spo-vote-ask" aria-live="polite">Which is the best? Click it, or press its number.</p>'
+        f'<div class="spo-row spo-four">{cells}</div>'
     )
 
 
 def _clip(resume: bool) -> Callable[..., str]:
     def begin(name: str, pairs: str, start: str | None, labels: str | None, *numbers: Any) -> str:
-        updates, at_once, sums, rate, side = numbers
+        updates, at_once, sums, rate, side, train_text, small_moments = numbers
         request = clip_training.ClipRequest(
             name=name or "",
             pairs=pairs or "",
@@ -276,6 +320,8 @@ def _clip(resume: bool) -> Callable[..., str]:
             accumulation=int(sums or 0),
             learning_rate=float(rate or 0),
             size_px=int(side or 0),
+            train_text=bool(train_text),
+            small_moments=bool(small_moments),
             resume=resume,
         )
         started = clip_training.start_clip_training(request)
@@ -302,32 +348,55 @@ def _own(answer: str) -> Callable[..., str]:
     return vote
 
 
-def _earlier(folder: str) -> Any:
-    try:
-        votes = _folder(folder).votes()[::-1][:_MAX_EARLIER]
-    except SpoError:
-        return gr.update(choices=[])
-    return gr.update(choices=[f"{vote.id} · {vote.prompt[:60]} · {vote.answer}" for vote in votes], value=None)
+def _newest(folder: str) -> str:
+    return _wall(folder, "")
 
 
-def _show_vote(folder: str, line: str | None) -> tuple[str, Any]:
-    if not line:
-        return "", gr.update()
-    vote_id = line.split(" · ")[0]
+def _older(folder: str, oldest: str) -> str:
+    return _wall(folder, oldest)
+
+
+def _wall(folder: str, before: str) -> str:
+    """Earlier votes, the newest first, those before the vote of an id ("": all) as pictures that can be clicked."""
     try:
         place = _folder(folder)
-        vote = next((vote for vote in place.votes() if vote.id == vote_id), None)
-        paths = [path for path in place.pictures(vote_id) if path.exists()]
+        votes = place.votes()[::-1]
     except SpoError as error:
-        return page.error(str(error)), gr.update()
-    return page.row(paths), vote.answer if vote is not None else gr.update()
+        return page.error(str(error))
+    first = next((n + 1 for n, vote in enumerate(votes) if vote.id == before), 0)
+    rows = "".join(_wall_row(vote, place.pictures(vote.id)) for vote in votes[first : first + _ON_A_WALL])
+    return f'<div class="spo-wall">{rows}</div>' if rows else page.note("There are no earlier votes.")
 
 
-def _change(folder: str, line: str | None, answer: str | None) -> str:
-    if not line or not answer:
-        raise SpoError("Choose a vote and its new answer first.")
-    vote = _folder(folder).change(line.split(" · ")[0], answer)
-    return page.note(f'"{vote.prompt}" is now: {answer}.')
+def _wall_row(vote: Vote, pictures: tuple[Path, Path]) -> str:
+    def button(answer: str, inside: str) -> str:
+        pressed = str(vote.answer == answer).lower()
+        return (
+            f'<button type="button" class="spo-change" data-vote="{vote.id}" data-answer="{answer}" '
+            f'aria-pressed="{pressed}">{inside}</button>'
+        )
+
+    sides = [
+        button(side, f'<img alt="{side}" src="{page.uri_of(path, _WALL_PX)}">' if path.exists() else side)
+        for side, path in zip(("left", "right"), pictures, strict=True)
+    ]
+    return (
+        f'<figure data-vote="{vote.id}">{"".join(sides)}{button("tie", "Tie")}{button("skip", "Skip")}'
+        f"<figcaption>{html.escape(vote.prompt[:80])}</figcaption></figure>"
+    )
+
+
+def _change(folder: str, vote_id: str, answer: str) -> tuple[str, str]:
+    """The wall from where it begins now, and what happened. vote_id: "ID of the first row shown,ID to change"."""
+    first, _, vote_id = vote_id.partition(",")
+    try:
+        place = _folder(folder)
+        vote = place.change(vote_id, answer)
+        ids = [vote.id for vote in place.votes()[::-1]]
+        before = ids[ids.index(first) - 1] if first in ids[1:] else ""
+    except SpoError as error:
+        return _newest(folder), page.error(str(error))
+    return _wall(folder, before), page.note(f'"{vote.prompt}" is now: {answer}.')
 
 
 def _folder(name: str) -> Any:

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from PIL import Image
 
 from spo.errors import SpoError
 from spo.preference.taste.fit import accuracy_of, davidson_loss, fit_taste, fold_of, read_vote_set
-from spo.preference.taste.votes import VoteFolder
+from spo.preference.taste.votes import VoteFolder, VotePool, comparisons
 from tests.vote_worlds import QUICK, pair, vote_set
 
 
@@ -101,3 +102,23 @@ def test_another_scorer_sees_the_stored_pictures(tmp_path):
         bright = made.pixels.mean((1, 2, 3))
         folder.add(made, "left" if bright[0] > bright[1] else "right")
     assert accuracy_of(Brightness(), folder, read_vote_set(folder)).share == 1.0
+
+
+def test_votes_that_share_pictures_are_held_out_together(tmp_path):
+    folder = VoteFolder(tmp_path)
+    latents = torch.stack([pair(number).latents for number in range(4)]).flatten(0, 1)
+    pictures = (Image.new("RGB", (8, 8)),) * 4
+    facts = ("sd15", "tiny.safetensors", "0123456789")
+    for number, seeds in enumerate([(5, 5, 5, 5), (6, 7, 8, 9)]):
+        pool = VotePool(
+            "a cat", latents[4 * number : 4 * number + 4], pictures, seeds, 4 if number == 0 else -1, *facts
+        )
+        folder.add_pool(pool, comparisons(4, 0, 3))
+    folder.add(pair(20), "left")  # another seed
+    folder.add(pair(5, prompt="a dog"), "left")  # the first pool's seed, another prompt
+    votes = read_vote_set(folder)
+    assert votes.groups == (0,) * 5 + (1,) * 5 + (2, 3)
+    folder = VoteFolder(tmp_path / "pairs")
+    for number in range(6):
+        folder.add(pair(number), "left")
+    assert read_vote_set(folder).groups == tuple(range(6))

@@ -7,9 +7,10 @@ import threading
 
 import pytest
 import torch
+from PIL import Image
 
 from spo.errors import SpoError
-from spo.preference.taste.votes import VoteFolder
+from spo.preference.taste.votes import VoteFolder, VotePool, comparisons, pair_id
 from tests.vote_worlds import pair
 
 
@@ -105,3 +106,41 @@ def test_lines_of_the_file_are_as_documented(tmp_path):
         "event", "id", "answer", "prompt", "seed_left", "seed_right", "from_step", "architecture",
         "checkpoint_name", "checkpoint_hash", "time",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("best", range(4))
+@pytest.mark.parametrize("worst", range(4))
+def test_the_best_and_the_worst_of_four_say_five_of_six(best, worst):
+    if best == worst:
+        with pytest.raises(SpoError, match="two different ones of 4"):
+            comparisons(4, best, worst)
+        return
+    order = {best: 3, worst: 1}
+    said = comparisons(4, best, worst)
+    assert len(said) == 5
+    for (left, right), answer in said.items():
+        assert answer == ("left" if order.get(left, 2) > order.get(right, 2) else "right")
+    assert comparisons(2, 1, 0) == {(0, 1): "right"}
+
+
+def test_a_pools_votes_are_as_those_of_its_pairs(tmp_path):
+    latents = torch.arange(3.0)[:, None, None, None].expand(3, 4, 2, 2)
+    pictures = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (0, 100, 200)]
+    on_disk = tmp_path / "waiting.png"
+    pictures[2].save(on_disk)
+    pool = VotePool("a fox", latents, (*pictures[:2], on_disk), (5, 5, 5), 4, "sd15", "dream", "0123456789")
+    folder = VoteFolder(tmp_path / "mine")
+    made = folder.add_pool(pool, comparisons(3, 2, 0))
+    assert [(vote.answer, vote.seed_left, vote.from_step) for vote in made] == [("right", 5, 4)] * 3
+    assert folder.votes() == tuple(made)
+    by_pair = {pair_id("a fox", latents[[i, j]]): (i, j) for i, j in ((0, 1), (0, 2), (1, 2))}
+    for vote in made:
+        pair = by_pair[vote.id]
+        assert torch.equal(folder.latents(vote.id), latents[list(pair)])
+        shades = [Image.open(path).getpixel((0, 0))[0] for path in folder.pictures(vote.id)]
+        assert shades == [100 * side for side in pair]
+    on_disk.unlink()
+    assert all(path.stat().st_size for vote in made for path in folder.pictures(vote.id))
+    assert folder.add_pool(pool, {(0, 1): "left", (1, 2): "tie"}) == []  # votes that stand stay
+    with pytest.raises(SpoError, match="is not known"):
+        folder.add_pool(pool, {(0, 1): "both"})

@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from spo.config import build_config
 from spo.errors import SpoError
-from spo.preference.taste.votes import VoteFolder
-from spo.webui import folders
-from spo.webui.jobs import voting
+from spo.preference.taste.votes import VoteFolder, VotePool, pair_id
+from spo.preference.taste.waiting import WaitingPools
+from spo.webui import a1111, folders
+from spo.webui.jobs import job, voting
 from tests.webui import stand_in
 from tests.webui import test_host as host
 
@@ -45,6 +49,81 @@ def test_whatever_ends_a_fit_reaches_the_user_and_voting_goes_on(no_webui, monke
     assert len(reports) == (not isinstance(error, SpoError))
 
 
+def pool(seed, size=4, prompt="a fox", checkpoint="dream"):
+    latents = torch.randn(size, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).half().float()
+    pictures = tuple(Image.new("RGB", (16, 16), (seed, n, 0)) for n in range(size))
+    return VotePool(prompt, latents, pictures, (seed,) * size, 4, "sd15", checkpoint, "0" * 10)
+
+
+def session_of(no_webui, monkeypatch, size=4):
+    """A session whose thread finds nothing to do; pictures of 64 pixels."""
+    monkeypatch.setattr(voting, "choose_pair", lambda head, latents, seed: 0)
+    config = build_config({"prompts": "p", "output": "o.safetensors", "preference": "none", "width": 64, "height": 64})
+    request = voting.VotingRequest("mine", ["a fox"], size=size)
+    return voting.Session(request, config, ("dream", "0" * 10))
+
+
+def test_four_pictures_are_five_votes_and_one_undo(no_webui, monkeypatch):
+    session = session_of(no_webui, monkeypatch)
+    first, second = (session.waiting.add(pool(seed)) for seed in (1, 2))
+    session.pool, session.ready = first, [second]
+    with pytest.raises(SpoError, match="Name the best picture"):
+        session.answer("left")
+    with pytest.raises(SpoError, match="two different ones"):
+        session.choose(1, 1)
+    assert session.pool is first and not session.votes.votes()
+    session.choose(3, 1)
+    assert len(session.votes.votes()) == 5 and session.pool is second
+    session.answer("skip")
+    assert [vote.answer for vote in session.votes.votes()][5:] == ["skip"] and session.pool is None
+    session.undo()
+    assert session.pool is second and len(session.votes.votes()) == 5
+    session.undo()
+    assert session.pool is first and session.ready == [second] and not session.votes.votes()
+    with pytest.raises(SpoError, match="no vote to take back"):
+        session.undo()
+
+
+def test_what_waits_on_disk_is_voted_on_in_the_next_session(no_webui, monkeypatch):
+    """But for what was made otherwise than would be now."""
+    before = session_of(no_webui, monkeypatch)
+    for one in (pool(1), pool(2, size=2), pool(3, checkpoint="other"), pool(4, prompt="a boat"), pool(5)):
+        before.waiting.add(one)
+    session = session_of(no_webui, monkeypatch)
+    session.ended = True  # nothing is made
+    session._work()
+    assert session.pool.id == pool(1).id and [one.id for one in session.ready] == [pool(5).id]
+    session.choose(0, 1)
+    assert len(WaitingPools(session.votes).all(lambda one: True)) == 4
+
+
+def test_starting_and_ending_do_not_wait_for_the_queue(no_webui, monkeypatch):
+    """Somebody's generation holds the lock all the time."""
+    checkpoint = a1111.Checkpoint(None, None, "dream", "0" * 10, Path("dream.safetensors"), "sd15", "epsilon", "")
+    monkeypatch.setattr(job, "ready_checkpoint", lambda: checkpoint)
+    monkeypatch.setattr(a1111, "loaded_checkpoint", lambda: checkpoint)
+    with no_webui.call_queue.queue_lock:
+        for _ in range(2):
+            session = voting.start(voting.VotingRequest("mine", [" a fox ", ""], size=4, width=64, height=64))
+            assert session.request.prompts == ["a fox"] and voting.current() is session
+        voting.end(0.0)
+        assert session.ended
+    voting.end()
+    assert not any(thread.is_alive() for thread in voting._threads)
+    assert session.pool is None and not session.ready
+    for wrong, message in (({"size": 1}, "accepted is 2 to 8"), ({"ahead": 10**6}, "accepted is 1 to")):
+        with pytest.raises(SpoError, match=message):
+            voting.start(voting.VotingRequest("mine", ["a fox"], **wrong))
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "con", "nul.txt", "a/b", "ends.", ".hidden", "", "x" * 300, "a:b", "\\\\host\\x"]
+)
+def test_names_of_votes_follow_one_rule(no_webui, name):
+    with pytest.raises(SpoError, match="the name of the votes is"):
+        voting.votes_folder(name)
+
+
 def wait_for(what, seconds=60):
     for _ in range(seconds * 20):
         if what():
@@ -64,15 +143,15 @@ def test_votes_are_kept_and_the_checkpoint_is_as_before(models, name, architectu
     try:
         voted = []
         for answer in ("left", "right", "tie", "skip"):
-            wait_for(lambda: session.pair is not None)
-            voted.append(session.pair.id)
-            assert float((session.pair.latents[0] - session.pair.latents[1]).abs().max()) > 0
+            wait_for(lambda: session.pool is not None)
+            voted.append(pair_id(session.pool.prompt, session.pool.latents))
+            assert float((session.pool.latents[0] - session.pool.latents[1]).abs().max()) > 0
             session.answer(answer)
         assert [(vote.id, vote.answer) for vote in session.votes.votes()] == list(
             zip(voted, ("left", "right", "tie", "skip"), strict=True)
         )
         session.undo()
-        assert session.pair.id == voted[-1]
+        assert session.pool.id == voted[-1]
         assert len(session.votes.votes()) == 3
     finally:
         voting.end()
