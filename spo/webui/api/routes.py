@@ -98,7 +98,7 @@ class _Route(APIRoute):
                 code, detail, headers = error.status_code, str(error.detail), getattr(error, "headers", None)
             except SpoError as error:
                 code, detail = _status_of(error), str(error)
-            return _AsciiJSON({"detail": shortened(" ".join(detail.split()))}, code, dict(headers or {}))
+            return _AsciiJSON({"detail": shortened(" ".join(_placeless(detail).split()))}, code, dict(headers or {}))
 
         return handler
 
@@ -213,7 +213,7 @@ def _check_styles(names: list[str]) -> None:
 
 
 def status(now: job.Job | None) -> dict[str, Any]:
-    """A job as JSON. phase "idle": nothing was started yet."""
+    """A job as JSON, without paths of this machine. phase "idle": nothing was started yet."""
     if now is None:
         return {"phase": "idle", "live": False, "message": "Nothing has been started."}
     return {
@@ -224,13 +224,20 @@ def status(now: job.Job | None) -> dict[str, Any]:
         "fraction": _number(now.fraction),
         "eta_s": _number(now.eta_s),
         "step": now.step,
-        "message": now.message,
-        "log": list(now.log)[-20:],
+        "message": _placeless(now.message),
+        "log": [_placeless(line) for line in list(now.log)[-20:]],
         "metrics": _numbers(now.rows[-1]) if now.rows else {},
-        "output": str(now.output) if now.output else "",
-        "picture": str(now.picture) if now.picture else "",
+        "output": folders.lora_name(now.output) if now.output else "",
+        "picture": now.picture.name if now.picture else "",
         "table": now.table,
     }
+
+
+def _placeless(text: str) -> str:
+    """`text` with the WebUI's folders by their names: where they are on this machine is nobody's business."""
+    for folder in sorted({*a1111.lora_folders(), a1111.models_folder()}, key=lambda one: -len(str(one))):
+        text = text.replace(str(folder), folder.name)
+    return text
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -251,7 +258,7 @@ def _run(name: str) -> dict[str, Any]:
     try:
         run = runs.read(name)
     except (SpoError, OSError, ValueError) as error:
-        return {"name": name, "problem": shortened(str(error))}
+        return {"name": name, "problem": shortened(_placeless(str(error)))}
     return {
         "name": name,
         "step": run.step,

@@ -178,7 +178,7 @@ def _lora_path(name: str) -> Path:
     if wanted in files:
         return files[wanted]
     if not same_stem:
-        raise SpoError(f'There is no LoRA "{name}" in {a1111.lora_folder()}{nearest(wanted, files)}.')
+        raise SpoError(f'There is no LoRA "{name}" in the LoRA folder{nearest(wanted, files)}.')
     return same_stem[0]
 
 

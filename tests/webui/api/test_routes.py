@@ -87,6 +87,7 @@ def test_bad_requests_are_refused_with_a_sentence(client, webui, tmp_path):
         answer = send(client, request)
         assert 400 <= answer.status_code < 500, (request.path, request.body[:200], answer.status_code)
         assert one_sentence(answer.json()["detail"]), (request.body[:200], answer.text)
+        assert str(tmp_path) not in answer.text, answer.text
     assert client.get("/spo/v1/status").json()["phase"] == "idle"
     assert not list((tmp_path / "Lora").iterdir())
 
@@ -177,6 +178,22 @@ def test_compare_is_asked_for(client, monkeypatch):
     assert answer.status_code == 200
     assert answer.json()["kind"] == "comparison"
     assert (seen[0].weights, seen[0].seeds, seen[0].steps) == ([0.5, 1], [1, 2], 20)
+
+
+def test_no_answer_says_where_things_are_on_this_machine(client, webui, tmp_path, monkeypatch):
+    from spo.webui.jobs import job
+
+    place, secret = tmp_path / "Lora" / "mine" / "vivid.safetensors", str(tmp_path)
+    finished = job.Job("training", "vivid", "task", phase="failed", output=place, picture=tmp_path / "grid.png")
+    finished.say(f'"{place}" exists already; "{tmp_path / "SPO" / "x.bin"}" is damaged.')
+    monkeypatch.setattr(job, "_current", finished)
+    told = client.get("/spo/v1/status").json()
+    assert (told["output"], told["picture"]) == ("mine/vivid", "grid.png")
+    assert "Lora/mine/vivid.safetensors" in told["message"] and secret not in str(told)
+    taken = tmp_path / "Lora" / "taken.safetensors"
+    taken.write_bytes(b"")
+    answer = client.post("/spo/v1/start", json=GOOD["start"] | {"name": "taken"})
+    assert answer.status_code == 422 and "taken" in answer.text and secret not in answer.text
 
 
 def test_runs_are_listed_even_where_one_is_damaged(client, tmp_path):
