@@ -47,6 +47,7 @@ await walk(async () => {
     await pause(5000);
     await tab("SPO");
     await inner("Preference");
+    await page.locator("#spo_vote_making .label-wrap").click();
     await fill("spo_vote_folder", NAME);
     await page.locator("#spo_vote_bundled").click();
     if (SIZE === 4) await page.locator("#spo_vote_size label", { hasText: "Four" }).click();

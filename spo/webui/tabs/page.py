@@ -6,11 +6,12 @@ import base64
 import html
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spo.errors import SpoError
 from spo.webui.jobs.job import Job, PoolPictures
 from spo.webui.jobs.probe import words
 
@@ -245,6 +246,18 @@ def _file(path: Path, largest_px: int = 1400) -> str:
 def pictures(paths: Sequence[Path]) -> str:
     """Pictures one below the other."""
     return f'<div class="spo-samples">{"".join(_file(path) for path in paths)}</div>'
+
+
+def with_errors(work: Callable[..., str]) -> Callable[..., str]:
+    """`work`, whose SpoError becomes its answer."""
+
+    def answer(*given: Any) -> str:
+        try:
+            return work(*given)
+        except SpoError as refusal:
+            return error(str(refusal))
+
+    return answer
 
 
 def error(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from spo.webui.tabs import compare, runs, train, vote, watch
+from spo.webui.tabs import compare, published, runs, train, vote, watch
 
 
 def tabs() -> list[tuple[Any, str, str]]:
@@ -16,6 +16,8 @@ def tabs() -> list[tuple[Any, str, str]]:
             with gr.TabItem("Train", elem_id="spo_tab_train"):
                 training = train.build()
             with gr.TabItem("Preference", elem_id="spo_tab_preference"):
+                with gr.Accordion("Download the published model", open=False, elem_id="spo_published"):
+                    downloads = published.build()
                 preference = vote.build()
             with gr.TabItem("Compare", elem_id="spo_tab_compare"):
                 comparison = compare.build()
@@ -25,7 +27,7 @@ def tabs() -> list[tuple[Any, str, str]]:
         refresh, lists = gr.Button("Refresh", elem_id="spo_refresh"), gr.Button("Lists", elem_id="spo_lists")
 
         looks = watch.Looks(
-            seen, training.area, comparison.area, training.running, training.finished, training.downloads
+            seen, training.area, comparison.area, training.running, training.finished, [*training.downloads, *downloads]
         )
         refresh.click(looks.look, [seen], looks.outputs, queue=False, show_progress="hidden")
         fields = [*training.lists, *preference.lists, *comparison.lists, *earlier]

@@ -176,13 +176,15 @@ def build() -> TrainTab:
     preference.change(_about_preference, [preference], [about_preference], show_progress="hidden")
     file.upload(_prompts_of_file, [file], [prompts, plan])
     bundled.click(folders.bundled_prompts, [], [prompts])
-    checked = check.click(_with_errors(_check), asked, [plan])
-    checked.then(_with_errors(_time), [plan, *asked], [plan], show_progress="hidden")
+    checked = check.click(page.with_errors(_check), asked, [plan])
+    checked.then(page.with_errors(_time), [plan, *asked], [plan], show_progress="hidden")
     start.click(_start, asked, [plan, lacking, lacking_text]).then(None, [], [], _js="spo_refresh_now")
     fetch.click(_fetch, [], [plan, lacking]).then(None, [], [], _js="spo_refresh_now")
-    stop_fetch.click(_with_errors(_stop_fetching), [], [plan], queue=False).then(None, [], [], _js="spo_refresh_now")
+    stop_fetch.click(page.with_errors(_stop_fetching), [], [plan], queue=False).then(
+        None, [], [], _js="spo_refresh_now"
+    )
     for how, button in (("save", stop_save), ("now", stop_now)):
-        stopped = button.click(_with_errors(_stop(how)), [], [plan], queue=False)
+        stopped = button.click(page.with_errors(_stop(how)), [], [plan], queue=False)
         stopped.then(None, [], [], _js="spo_refresh_now")
     sample.click(_sample, [], [plan], queue=False)
     send.click(None, [], [], _js="spo_send_to_txt2img")
@@ -225,18 +227,6 @@ def _request(given: tuple[Any, ...]) -> TrainingRequest:
         tuple(styles or ()),
         preset=filling.preset,
     )
-
-
-def _with_errors(work: Callable[..., str]) -> Callable[..., str]:
-    """`work`, whose SpoError becomes its answer."""
-
-    def answer(*given: Any) -> str:
-        try:
-            return work(*given)
-        except SpoError as error:
-            return page.error(str(error))
-
-    return answer
 
 
 _MEASURING = "time        one step of it is being measured ..."

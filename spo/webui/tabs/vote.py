@@ -40,41 +40,49 @@ def build() -> PreferenceTab:
     """The tab's contents; call inside its TabItem."""
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            folder = gr.Textbox("my-votes", label="Votes are kept as", elem_id="spo_vote_folder")
             prompts = gr.Textbox(
                 label="Prompts to vote on, one a line", lines=5, max_lines=12, elem_id="spo_vote_prompts"
             )
-            bundled = gr.Button("The bundled list", size="sm", elem_id="spo_vote_bundled")
-            negative = gr.Textbox(label="Negative prompt of the pairs", lines=1, elem_id="spo_vote_negative")
+            bundled = gr.Button("Take the bundled list to vote on", size="sm", elem_id="spo_vote_bundled")
             size = gr.Radio(
                 list(_SIZES), value=next(iter(_SIZES)), label="Pictures at a time",
                 info="Two clicks on four pictures say five of their six comparisons.", elem_id="spo_vote_size",
             )  # fmt: skip
-            ahead = gr.Slider(
-                voting.READY, 200, voting.READY, step=1, label="Make ahead",
-                info="They wait on disk: end voting, and go on with them another day.", elem_id="spo_vote_ahead",
-            )  # fmt: skip
-            how = gr.Radio([_SAME, _OTHER], value=_SAME, label="How pictures differ", elem_id="spo_vote_how")
-            with gr.Row():
-                step = gr.Number(4, precision=0, label="They part ways at step", elem_id="spo_vote_step")
-                steps = gr.Number(20, precision=0, label="Sampling steps of a pair", elem_id="spo_vote_steps")
-                guidance = gr.Number(5.0, label="CFG scale of a pair", elem_id="spo_vote_cfg")
-            with gr.Row():
-                width = gr.Number(
-                    0, precision=0, label="Width of a pair", info="0: the model's.", elem_id="spo_vote_width"
-                )
-                height = gr.Number(
-                    0, precision=0, label="Height of a pair", info="0: likewise.", elem_id="spo_vote_height"
-                )
             with gr.Row():
                 start = gr.Button("Start voting", variant="primary", elem_id="spo_vote_start")
                 stop = gr.Button("End voting", elem_id="spo_vote_end")
+            with gr.Accordion("How the pictures are made", open=False, elem_id="spo_vote_making"):
+                folder = gr.Textbox(
+                    "my-votes", label="Votes are kept as", info="A folder in models/SPO/votes.", max_lines=1,
+                    elem_id="spo_vote_folder",
+                )  # fmt: skip
+                ahead = gr.Slider(
+                    voting.READY, 200, voting.READY, step=1, label="Make ahead",
+                    info="They wait on disk: end voting, and go on with them another day.", elem_id="spo_vote_ahead",
+                )  # fmt: skip
+                how = gr.Radio([_SAME, _OTHER], value=_SAME, label="How pictures differ", elem_id="spo_vote_how")
+                with gr.Row():
+                    step = gr.Slider(
+                        0, 49, 4, step=1, label="They part ways at step", info="The earlier, the more they differ.",
+                        elem_id="spo_vote_step",
+                    )  # fmt: skip
+                    steps = gr.Slider(1, 100, 20, step=1, label="Sampling steps to vote on", elem_id="spo_vote_steps")
+                with gr.Row():
+                    guidance = gr.Slider(1, 30, 5, step=0.5, label="CFG scale to vote on", elem_id="spo_vote_cfg")
+                    negative = gr.Textbox(label="Negative prompt to vote on", lines=1, elem_id="spo_vote_negative")
+                with gr.Row():
+                    width = gr.Number(
+                        0, precision=0, label="Width to vote on", info="0: the model's.", elem_id="spo_vote_width"
+                    )
+                    height = gr.Number(
+                        0, precision=0, label="Height to vote on", info="0: likewise.", elem_id="spo_vote_height"
+                    )
             with gr.Accordion("Export and import", open=False):
                 with gr.Row():
                     export = gr.Button("Export as zip", size="sm", elem_id="spo_vote_export")
                     upload = gr.UploadButton("Import a zip", size="sm", file_types=[".zip"], elem_id="spo_vote_import")
                 exported = gr.File(label="Exported", visible=False, elem_id="spo_vote_zip")
-        with gr.Column(scale=7, min_width=460):
+        with gr.Column(scale=7, min_width=360, elem_id="spo_vote_column"):
             pair = gr.HTML(_shown(), elem_id="spo_vote_pair")
             with gr.Row():
                 buttons = {
@@ -162,22 +170,22 @@ def build() -> PreferenceTab:
     choose.click(_choose, [seen, chosen], [pair], _js="spo_vote_chosen", show_progress="hidden")
     for given, button in buttons.items():
         button.click(_vote(given), [seen], [pair], _js="spo_vote_seen", show_progress="hidden")
-    undo.click(_with_errors(_undo), [], [pair], show_progress="hidden")
+    undo.click(page.with_errors(_undo), [], [pair], show_progress="hidden")
     refresh.click(_shown, [], [pair], queue=False, show_progress="hidden")
-    fit.click(_with_errors(_fit), [folder, name, beside], [fitted])
+    fit.click(page.with_errors(_fit), [folder, name, beside], [fitted])
     for picture in own:
         picture.upload(_prompt_of, [picture, own_prompt], [own_prompt])
     for given, button in own_buttons.items():
-        button.click(_with_errors(_own(given)), [folder, own_prompt, *own], [own_said])
+        button.click(page.with_errors(_own(given)), [folder, own_prompt, *own], [own_said])
     look.click(_newest, [folder], [wall])
     older.click(_older, [folder, seen], [wall], _js="spo_vote_oldest")
     change.click(_change, [folder, seen, chosen], [wall, said], _js="spo_vote_changed", show_progress="hidden")
     clip_asked = [clip_name, pairs, begin, labels, updates, at_once, sums, rate, side, train_text, small_moments]
     for button, resume in ((clip_start, False), (clip_resume, True)):
-        begun = button.click(_with_errors(_clip(resume)), clip_asked, [clip_said])
+        begun = button.click(page.with_errors(_clip(resume)), clip_asked, [clip_said])
         begun.then(None, [], [], _js="() => spo_refresh_now()")
     export.click(_export, [folder], [exported, said])
-    upload.upload(_with_errors(_import), [folder, upload], [said])
+    upload.upload(page.with_errors(_import), [folder, upload], [said])
     return PreferenceTab(prompts, [beside, begin, labels])
 
 
@@ -190,16 +198,6 @@ def read_lists() -> list[Any]:
 def take_prompts(training: str, voting: str) -> str:
     """The prompts to vote on, when the Train tab sends its user here."""
     return voting or training or folders.bundled_prompts()
-
-
-def _with_errors(work: Callable[..., str]) -> Callable[..., str]:
-    def answer(*given: Any) -> str:
-        try:
-            return work(*given)
-        except SpoError as error:
-            return page.error(str(error))
-
-    return answer
 
 
 def _start(

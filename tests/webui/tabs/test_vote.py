@@ -13,6 +13,7 @@ from PIL import Image
 
 from spo.preference.taste.votes import VotePool
 from spo.webui.jobs import voting
+from spo.webui.tabs import page
 from spo.webui.tabs import vote as vote_tab
 from tests.webui import stand_in
 
@@ -38,7 +39,7 @@ def session(webui, monkeypatch):
 def test_without_a_session_the_page_says_what_to_do(webui, monkeypatch):
     monkeypatch.setattr(voting, "_session", None)
     assert "press Start voting" in vote_tab._shown()
-    assert "Press Start voting first" in vote_tab._with_errors(vote_tab._undo)()
+    assert "Press Start voting first" in page.with_errors(vote_tab._undo)()
     assert "press Start voting" in vote_tab._vote("left")("")
     assert "press Start voting" in vote_tab._choose("", "0,1")
 
@@ -95,5 +96,5 @@ def test_earlier_votes_are_a_wall_on_which_they_are_changed(session, monkeypatch
 
 
 def test_two_pictures_are_needed(webui):
-    own = vote_tab._with_errors(vote_tab._own("left"))
+    own = page.with_errors(vote_tab._own("left"))
     assert "Two pictures are needed" in own("mine", "a fox", None, None)
