@@ -40,6 +40,7 @@ CLIP_L = {
 def full_size(request, webui, tmp_path, monkeypatch):
     """The architecture, with its checkpoint loaded as the dropdown does; largest resident bytes before and at load."""
     from modules import devices, sd_models, shared
+    from omegaconf import OmegaConf
 
     source = Path(FOLDER) / f"{request.param}.safetensors"
     if not source.exists():
@@ -51,15 +52,13 @@ def full_size(request, webui, tmp_path, monkeypatch):
     checkpoint.symlink_to(source)
     root = Path(str(host.WEBUI))
     if request.param == "sd15":
-        text = (root / "configs" / "v1-inference.yaml").read_text()
-        target = "target: ldm.modules.encoders.modules.FrozenCLIPEmbedder"
-        text = text.replace(target, f"{target}\n      params:\n        version: {clip}")
+        config = OmegaConf.load(root / "configs" / "v1-inference.yaml")
+        config.model.params.cond_stage_config.params = {"version": str(clip)}
     else:
         folder = root / "repositories" / "generative-models" / "configs" / "inference"
-        text = (folder / "sd_xl_base.yaml").read_text()
-        target = "target: sgm.modules.encoders.modules.FrozenCLIPEmbedder\n          params:\n"
-        text = text.replace(target, f"{target}            version: {clip}\n")
-    checkpoint.with_suffix(".yaml").write_text(text)
+        config = OmegaConf.load(folder / "sd_xl_base.yaml")
+        config.model.params.conditioner_config.params.emb_models[0].params.version = str(clip)
+    OmegaConf.save(config, checkpoint.with_suffix(".yaml"))
     host.load("tiny-sd1")
     info = sd_models.CheckpointInfo(str(checkpoint))
     info.register()
