@@ -5,7 +5,7 @@
 //
 // Another checkpoint than spo-demo must be loaded, and models/SPO/runs be empty. CHROMIUM names the browser; UPDATES:
 // stop and save there (with --api), on a machine that has no minutes.
-import { click, counted, expect, fill, message, open, page, pause, phase, shot, tab, told, until, value, walk } from "./walk_steps.mjs";
+import { click, counted, expect, fill, message, open, page, pause, phase, shot, tab, until, value, walk } from "./walk_steps.mjs";
 
 await walk(async () => {
     await open();
@@ -39,7 +39,8 @@ await walk(async () => {
     await pause(1500);
     await shot("first_finished");
     await click("#spo_compare");
-    await until("the grid", async () => (await told("kind")) === "comparison" && (await phase()) === "finished" && (await page.locator("#spo_compare_pictures img").count()), 240);
+    const compared = () => page.locator("#spo_compare_status .spo-status").first().evaluate((e) => e.dataset.phase);
+    await until("the grid", async () => (await compared()) === "finished" && (await page.locator("#spo_compare_pictures img").count()), 240);
     await pause(1000);
     await shot("first_compare");
     expect(`${counted.clicks} clicks to the grid`, counted.clicks === 2);

@@ -16,7 +16,7 @@ export async function open(width = 1280, height = 1150, theme = "light") {
     });
     if (page) await page.close();
     page = await browser.newPage({ viewport: { width, height } });
-    page.on("pageerror", (error) => heard.push("pageerror " + error.message));
+    page.on("pageerror", (error) => heard.push("pageerror " + (error.stack || error.message).split("\n").slice(0, 3).join(" ")));
     page.on("console", (message) => message.type() === "error" && heard.push("console " + message.text()));
     page.on("dialog", (dialog) => dialog.accept());
     await page.goto(`${url}/?__theme=${theme}`, { waitUntil: "domcontentloaded" });

@@ -27,6 +27,19 @@ _NAMES = {
     "stopped": "Stopped",
     "failed": "Failed",
 }
+WORDS = (  # shown later, when there is work
+    *_NAMES.values(),
+    "Nothing is going on.",
+    "Samples",
+    "Comparison",
+    "best",
+    "worst",
+    "goes on",
+)
+HIDDEN = {  # pressed and filled by the page's script
+    "spo_refresh", "spo_lists", "spo_hello", "spo_filled", "spo_seen",
+    "spo_vote_refresh", "spo_vote_choose", "spo_vote_change",
+}  # fmt: skip
 _CHART_PX = (300, 120)
 _MARGIN_PX = (44, 14, 8, 20)  # left, top, right, bottom
 PARTS = ("pool", "curves", "pictures", "table", "log")
