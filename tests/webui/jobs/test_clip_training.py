@@ -17,16 +17,17 @@ webui, models = host.webui, test_voting.models
 pytestmark = pytest.mark.skipif(not os.environ.get("SPO_WEBUI_DIR"), reason="SPO_WEBUI_DIR does not name a WebUI")
 
 
-def test_a_step_aware_clip_is_trained_on_the_loaded_checkpoint(models, tmp_path):
+def test_a_step_aware_clip_is_trained_on_the_loaded_checkpoint(models):
     from spo.preference.load import describe_preference
     from spo.webui.jobs import clip_training, job
 
     host.load("tiny-sd1")
     before = host.txt2img("Euler a")
-    save_folder(transformers_clip(), tmp_path / "PickScore_v1")
-    write_folder(tmp_path / "pairs", 16)
+    save_folder(transformers_clip(), models / "PickScore_v1")
+    (models / "pairs").mkdir()
+    write_folder(models / "pairs" / "reds", 16)
     request = clip_training.ClipRequest(
-        "mine", str(tmp_path / "pairs"), str(tmp_path / "PickScore_v1"), steps=2, pairs_per_call=2, accumulation=1,
+        "mine", "reds", "PickScore_v1", steps=2, pairs_per_call=2, accumulation=1,
         learning_rate=1e-3, size_px=64,
     )  # fmt: skip
     started = clip_training.start_clip_training(request)
