@@ -23,8 +23,8 @@ def test_a_step_aware_clip_is_trained_on_the_loaded_checkpoint(models):
 
     host.load("tiny-sd1")
     before = host.txt2img("Euler a")
+    (models / "pairs").mkdir(parents=True)
     save_folder(transformers_clip(), models / "PickScore_v1")
-    (models / "pairs").mkdir()
     write_folder(models / "pairs" / "reds", 16)
     request = clip_training.ClipRequest(
         "mine", "reds", "PickScore_v1", steps=2, pairs_per_call=2, accumulation=1,
