@@ -294,8 +294,19 @@
         }, 1000);
     }
 
+    // gradio's sliders have two inputs and a label for neither
+    function nameSliders() {
+        for (const slider of gradioApp().querySelectorAll("#tab_spo .gradio-slider")) {
+            const label = slider.querySelector("label span");
+            for (const input of slider.querySelectorAll("input:not([aria-label])")) {
+                if (label) input.setAttribute("aria-label", label.textContent.trim());
+            }
+        }
+    }
+
     onUiLoaded(function() {
         hideNewcomer();
+        nameSliders();
         setTimeout(function() {
             click("spo_hello");
             refresh();
