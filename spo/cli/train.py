@@ -23,6 +23,7 @@ from spo.presets import NAMED
 from spo.prompts import read_prompts
 from spo.report.curves import curves
 from spo.training.loop import check_output, train
+from spo.training.memory import loaded_scorer
 
 
 def add_train(command: Callable[[str, Callable[[argparse.Namespace], int], str], Any]) -> None:
@@ -90,7 +91,9 @@ def train_headless(config: Config, prompts: Sequence[str], *, resume: bool) -> i
     """
     host = load_host(config)
     with progress_bar() as watcher:
-        preference = load_preference(config, host.device, host.architecture, watcher.log)
+        preference = loaded_scorer(
+            lambda: load_preference(config, host.device, host.architecture, watcher.log), watcher.log
+        )
         report = train(host, config, prompts, preference, watcher, resume=resume)
     picture = report.files.curves
     curves(report.files.metrics, picture)

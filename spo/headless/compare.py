@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,9 @@ from spo.preference.load import load_preference
 from spo.report.grids import grid
 from spo.report.tables import score_table
 from spo.training.host import Host
+from spo.training.memory import Portion, in_portions, loaded_scorer
+
+_LESS_MEMORY = "choose a smaller width and height, a smaller preference model, or close other programs"
 
 
 @dataclass(frozen=True)
@@ -46,29 +50,34 @@ def samples(
 ) -> Samples:
     """Sample one picture for each prompt and seed with the network as it is, and score it. Prompts must be prepared.
 
-    eta  fresh noise at each step, as in `RolloutSettings`
+    eta    fresh noise at each step, as in `RolloutSettings`
+    batch  at a time; fewer when memory runs out
     """
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for part, rollout in _rollouts(host, prompts, seeds, eta, batch):
+
+    def some(rows: range) -> tuple[Tensor, Tensor, Tensor]:
+        part = slice(rows.start, rows.stop)
+        rollout = _rollout(host, prompts[part], seeds[part], eta)
         pool = Candidates(rollout.x[None], rollout.sigma, 0.0, rollout.x[None], host.decode)
-        parts.append((rollout.x.cpu(), pool.pixels()[0].clamp(-1, 1).cpu(), preference.score(pool, part)[0].cpu()))
+        pixels = pool.pixels()[0].clamp(-1, 1).cpu()
+        return rollout.x.cpu(), pixels, preference.score(pool, prompts[part])[0].cpu()
+
+    parts = in_portions(some, len(prompts), Portion("pictures at a time", batch), warnings.warn, _LESS_MEMORY)
     return Samples(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 def pictures(host: Host, prompts: Sequence[str], seeds: Sequence[int], *, eta: float, batch: int = 16) -> Tensor:
     """[N, 3, height, width] in [-1, 1] on the CPU: the pictures of `samples` without scores."""
-    rollouts = _rollouts(host, prompts, seeds, eta, batch)
-    return torch.cat([host.decode(rollout.x).clamp(-1, 1).cpu() for _, rollout in rollouts])
+
+    def some(rows: range) -> Tensor:
+        part = slice(rows.start, rows.stop)
+        return host.decode(_rollout(host, prompts[part], seeds[part], eta).x).clamp(-1, 1).cpu()
+
+    return torch.cat(in_portions(some, len(prompts), Portion("pictures at a time", batch), warnings.warn, _LESS_MEMORY))
 
 
-def _rollouts(
-    host: Host, prompts: Sequence[str], seeds: Sequence[int], eta: float, batch: int
-) -> Iterator[tuple[Sequence[str], Rollout]]:
-    """Ordinary ancestral sampling, no pools: (prompts, rollout) of one batch after the other."""
-    plain = RolloutSettings(candidates=1, eta=eta)
-    for first in range(0, len(prompts), batch):
-        part = slice(first, first + batch)
-        yield prompts[part], host.rollout(prompts[part], seeds[part], plain, None, None)
+def _rollout(host: Host, prompts: Sequence[str], seeds: Sequence[int], eta: float) -> Rollout:
+    """Ordinary ancestral sampling, no pools."""
+    return host.rollout(prompts, seeds, RolloutSettings(candidates=1, eta=eta), None, None)
 
 
 def adapter_from_file(host: Host, path: Path) -> Adapter:
@@ -93,7 +102,7 @@ def compare_loras(
     rows = list(itertools.product(prompts, seeds))
     row_prompts, row_seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
     host = load_host(config)
-    preference = load_preference(config, host.device, host.architecture)
+    preference = loaded_scorer(lambda: load_preference(config, host.device, host.architecture), warnings.warn)
     host.prepare(row_prompts)
     sample = partial(samples, host, preference, row_prompts, row_seeds, eta=config.rollout.eta)
     columns = {"base": sample()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,6 @@ class HeadlessHost:
         self.network: torch.nn.Module = model.unet
         self.device, self.dtype = model.device, model.dtype
         self.checkpoint_name = model.info.path.name
-        self.checkpoint_hash = "" if model.info.is_folder else short_hash(model.info.path)
         self.alphas_cumprod = model.alphas_cumprod.to(self.device)
         self.sigmas = ladder_of(config, self.alphas_cumprod.cpu()).to(self.device)
         self.denoiser = GuidedDenoiser(model.predict, self.alphas_cumprod, model.prediction_type)
@@ -54,6 +54,11 @@ class HeadlessHost:
         self._negative: Conditioning | None = None
         if config.model.gradient_checkpointing:
             self.set_gradient_checkpointing(True)
+
+    @cached_property
+    def checkpoint_hash(self) -> str:
+        """Of the file, read once it is asked for; "" for a folder."""
+        return "" if self.model.info.is_folder else short_hash(self.model.info.path)
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Encode the prompts that are new and the negative prompt; features rest on the CPU until they are used.

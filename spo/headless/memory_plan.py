@@ -1,8 +1,14 @@
 """What a run needs of a card's memory, phase by phase, before it begins.
 
 The run's own code goes once through loading, encoding, a rollout and an update, on the imaginary card: with the shapes
-of the checkpoint and no memory, also where there is no card at all. Done is as little of each as the peak needs: one
-portion of prompts, one window of the ladder, two portions of pairs.
+of the checkpoint and no memory, also where there is no card at all. Done is as little of each as the peak needs, which
+more of the same leaves as it is:
+
+- Encoded are as many prompts as the text encoders see at once, the longest; sampled is one portion of these.
+- The ladder is one ordinary step, one window and its end. What the whole batch leaves waiting for its update - the
+  pairs of the other prompts and of the steps left out - is put there in their place.
+- Trained is one portion of pairs, the gradients of the portions before it in place.
+- The network's calls without gradient, on arguments of one shape, are run once.
 """
 
 from __future__ import annotations
@@ -23,15 +29,17 @@ from spo.algorithm.rollout import pool_starts
 from spo.config import Config
 from spo.headless.device import choose_device
 from spo.headless.host import load_host
+from spo.headless.text import CHUNK_ROWS, prompt_chunks
 from spo.lora.adapter import Adapter, modules_of_kinds
 from spo.preference.load import load_preference
 from spo.progress import Watcher
 from spo.training.gradient import accumulate_gradient, configured_loss
 from spo.training.host import ladder_of, rollout_settings
 from spo.training.imaginary_card import imaginary_card
-from spo.training.loop import optimizer_step, portions_of, roll_out
+from spo.training.loop import PendingPairs, optimizer_step, portions_of, roll_out
 from spo.training.memory_ruler import Ruler
 from spo.training.optimizer import make_optimizer, make_scaler
+from spo.training.repeats import counted_once
 
 PHASES = ("load", "encode", "rollout", "decode", "score", "train")
 # What a card needs beside the tensors: CUDA's context and kernels (0.3 to 0.6 GiB), and pieces that nothing fits into.
@@ -67,21 +75,30 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def count_memory(config: Config, prompts: Sequence[str], *, on_card: bool = False) -> MemoryPlan:
-    """Go through a run of this configuration on the imaginary card. Some seconds; half a minute for SDXL.
+def count_memory(config: Config, prompts: Sequence[str], *, on_card: bool = False, whole: bool = False) -> MemoryPlan:
+    """Go through a run of this configuration on the imaginary card, in seconds.
 
     on_card  plan for a CUDA card, whatever is here; else for the configured device, and if that is the CPU, as a card
              would need it in the CPU's precision
+    whole    a whole rollout and update, nothing left out: the same peaks to a part in a thousand, in minutes
 
     Raises SpoError for what the run itself would refuse.
     """
-    batch = min(config.optimizer.prompts_per_batch, len(prompts))
-    waiting_bytes = batch * _pair_bytes(config)
     if not on_card and choose_device(config.model.device).type == "cpu":
         config = _in_precision_of_cpu(config)
-    config = _rehearsal(config)
-    portions = portions_of(config)
-    some = list(prompts[: max(1, min(portions.prompts.size, len(prompts)))])
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, device="cuda", compile=False))
+    portions, settings = portions_of(config), config.optimizer
+    by_length = sorted(zip(prompt_chunks(prompts), prompts, strict=True), key=lambda each: -len(each[0]))
+    prompts = [prompt for _, prompt in by_length]
+    batch = prompts[: settings.prompts_per_batch]
+    per_update = settings.pairs_per_update * settings.accumulation
+    waiting_pairs = 0
+    if not whole:
+        prompts, some = prompts[:CHUNK_ROWS], batch[: max(1, portions.prompts.size)]
+        waiting_pairs = len(batch) * _transitions(config)
+        config = _short(config)
+        waiting_pairs = max(0, waiting_pairs - len(some) * _transitions(config))
+        batch = some
     watcher = Watcher()
     with warnings.catch_warnings(), imaginary_card() as card, Ruler(card.type) as ruler:
         warnings.simplefilter("ignore")  # of PyTorch, about CUDA that is not there; the run repeats ours
@@ -92,30 +109,39 @@ def count_memory(config: Config, prompts: Sequence[str], *, on_card: bool = Fals
         host.decode = _in_phase(ruler, "decode", host.decode)  # type: ignore[method-assign]
         preference = _ScoredInPhase(preference, ruler)
         with ruler.phase("encode"):
-            host.prepare(some)
+            host.prepare(prompts)
 
         # the adapter, and the optimizer as after its first step: with its moments
         adapter = Adapter(
             host.network, modules_of_kinds(host.network, config.lora.modules),
             rank=config.lora.rank, alpha=config.lora.alpha, seed=config.run.seed,
         )  # fmt: skip
-        optimizer = make_optimizer(adapter.parameters(), config.optimizer)
+        if not whole:
+            host.network.forward = counted_once(ruler, host.network.forward, lambda: adapter.is_on)
+        optimizer = make_optimizer(adapter.parameters(), settings)
         scaler = make_scaler(host.device, host.dtype)
         with ruler.phase("train"):
-            for parameter in adapter.parameters():
-                parameter.grad = torch.zeros_like(parameter)
+            _fill_gradients(adapter)
             optimizer_step(optimizer, scaler, adapter, watcher)
             optimizer.zero_grad(set_to_none=True)
 
-        waiting = torch.empty(waiting_bytes, dtype=torch.uint8, device=card)  # a whole rollout's pairs
         with ruler.phase("rollout"):
-            rollout = roll_out(host, config, some, list(range(len(some))), preference, portions, watcher)
-        with ruler.phase("train"):
+            waiting = _waiting(waiting_pairs, config, card)
+            rollout = roll_out(host, config, batch, list(range(len(batch))), preference, portions, watcher)
             assert rollout.pairs is not None  # on the imaginary card every pair is kept
-            pairs = _hardest(rollout.pairs, 2 * portions.pairs.size)
-            accumulate_gradient(host, adapter, pairs, some, config, configured_loss(config), portions, scaler)
+            pending = PendingPairs()
+            pairs = Pairs.cat([waiting, rollout.pairs]) if waiting_pairs else rollout.pairs
+            del waiting, rollout
+            pending.add(pairs.rows(torch.arange(len(pairs))), batch)
+            del pairs
+        with ruler.phase("train"):
+            update = pairs = _hardest(pending.first(per_update), config)
+            if not whole:
+                pairs = update.rows(torch.arange(min(portions.pairs.size, len(update))))
+                if len(update) > len(pairs):
+                    _fill_gradients(adapter)
+            accumulate_gradient(host, adapter, pairs, batch, config, configured_loss(config), portions, scaler)
             optimizer_step(optimizer, scaler, adapter, watcher)
-        del waiting
     precision = str(host.dtype).removeprefix("torch.")
     return MemoryPlan({name: ruler.phases[name].total_gib for name in PHASES if name in ruler.phases}, precision)
 
@@ -129,30 +155,46 @@ def _in_precision_of_cpu(config: Config) -> Config:
     )
 
 
-def _rehearsal(config: Config) -> Config:
+def _short(config: Config) -> Config:
     """The run on a short ladder: one ordinary step, one window and its end."""
     rollout = dataclasses.replace(
         config.rollout,
         sigmas="ddim", sampling_steps=config.rollout.inner_steps + 3, divert_start_step=1, timestep_min=0,
         timestep_max=1000,
     )  # fmt: skip
-    model = dataclasses.replace(config.model, device="cuda", compile=False)
-    return dataclasses.replace(config, rollout=rollout, model=model)
+    return dataclasses.replace(config, rollout=rollout)
 
 
-def _pair_bytes(config: Config) -> int:
-    """What the pairs of one prompt take while they wait for their update, if every verdict is kept."""
+def _transitions(config: Config) -> int:
+    """Pairs of one prompt, if every verdict is kept."""
     alphas = scaled_linear_alphas_cumprod()
     windows = pool_starts(ladder_of(config, alphas), alphas, rollout_settings(config))
-    transitions = sum(end - start + 1 for start, end in windows)
-    latent = 4 * (config.prompt.height // 8) * (config.prompt.width // 8)
-    return transitions * 4 * latent * 4  # where both sides start and end, float32
+    return sum(end - start + 1 for start, end in windows)
 
 
-def _hardest(pairs: Pairs, count: int) -> Pairs:
-    """`count` of the pairs, first those whose sides start from latents of their own."""
-    order = pairs.shared.int().argsort(stable=True)
-    return pairs.rows(order[:count])
+def _waiting(count: int, config: Config, card: torch.device) -> Pairs:
+    """Pairs of the first image, without values."""
+    latents = [
+        torch.empty(count, 4, config.prompt.height // 8, config.prompt.width // 8, device=card) for _ in range(4)
+    ]
+    numbers = torch.zeros(count, device=card)
+    whole_numbers = torch.zeros(count, dtype=torch.int64, device=card)
+    return Pairs(
+        *latents, shared=whole_numbers.bool(), sigma=numbers, sigma_next=numbers, image=whole_numbers,
+        step=whole_numbers, gap=numbers,
+    )  # fmt: skip
+
+
+def _hardest(pairs: Pairs, config: Config) -> Pairs:
+    """The pairs, each as one whose sides start from latents of their own, where the run has such."""
+    return dataclasses.replace(
+        pairs, shared=torch.full((len(pairs),), config.rollout.inner_steps == 0).to(pairs.image.device)
+    )
+
+
+def _fill_gradients(adapter: Adapter) -> None:
+    for parameter in adapter.parameters():
+        parameter.grad = torch.zeros_like(parameter)
 
 
 def _in_phase(ruler: Ruler, name: str, call: Callable[..., T]) -> Callable[..., T]:

@@ -25,6 +25,7 @@ CHUNK_TOKENS = 75  # of a prompt; with the start and end tokens a chunk is 77 pl
 PLACES = CHUNK_TOKENS + 2
 COMMA_BACKTRACK_TOKENS = 20  # the WebUI's default for "Prompt word wrap length limit"
 OUT_OF_MEMORY_ADVICE = "take device cpu, or free memory that other programs hold"
+CHUNK_ROWS = 32  # chunks that a text encoder sees at once
 PROMPTS_AT_A_TIME = 256  # whose features are together before each goes its own way
 
 
@@ -38,7 +39,7 @@ class TextEncoders:
         self.architecture = architecture
         self.networks: list[Any] = list(networks)
         self.device = device
-        self.chunk_rows = 32
+        self.chunk_rows = CHUNK_ROWS
 
     def to(self, device: torch.device) -> TextEncoders:
         """Move the networks there, to compute there."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spo.checkpoint.tensor_file import TensorFile, read_tensors
 from spo.errors import SpoError
@@ -73,7 +73,7 @@ class Source:
 
         A portion of a file is mapped, converted together with meta tensors for all else, and let go of.
         """
-        wanted, meta = _weights(network), self._meta()
+        wanted, meta, modules = _weights(network), self._meta(), dict(network.named_modules())
         channels_last = device.type == "cuda" and dtype != torch.float32
         for file in self.files:
             for portion in _portions(file, self.names(file)):
@@ -83,7 +83,13 @@ class Source:
                     for name, tensor in converted.items()
                     if name in wanted and name.startswith(only) and (not tensor.is_meta or device.type == "meta")
                 }
-                network.load_state_dict(state, strict=False, assign=True)
+                for name, tensor in state.items():  # `load_state_dict` goes through all modules for each portion
+                    path, _, leaf = name.rpartition(".")
+                    module = modules[path]
+                    if leaf in module._parameters:
+                        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+                    else:
+                        module._buffers[leaf] = tensor
 
 
 def _stored(tensor: Tensor, device: torch.device, dtype: torch.dtype, in_float8: bool, channels_last: bool) -> Tensor:

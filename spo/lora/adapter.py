@@ -147,6 +147,11 @@ class Adapter:
         for name, layer in self.layers.items():
             layer.scaling[NAME] = self._scaling[name] * multiplier
 
+    @property
+    def is_on(self) -> bool:
+        """Whether it acts, as it does outside `off`."""
+        return not any(layer.disable_adapters for layer in self.layers.values())
+
     @contextmanager
     def off(self) -> Iterator[None]:
         """The network without the adapter, bit for bit, while inside."""

@@ -35,8 +35,10 @@ class Host(Protocol):
     device: torch.device
     dtype: torch.dtype
     checkpoint_name: str
-    checkpoint_hash: str
     decode_batch: int
+
+    @property
+    def checkpoint_hash(self) -> str: ...
 
     @property
     def alphas_cumprod(self) -> Tensor: ...

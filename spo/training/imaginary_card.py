@@ -14,8 +14,8 @@ What code asks of numbers is answered:
   values.
 - Of the others nothing is known: read one by one, a number is 1.0, an index 0. Two of them are different, `>`, `<` and
   the like hold, nothing is infinite or NaN. So checks for finite numbers pass, and every pair is kept.
-- Large ones copied to the host are zeros, which take no memory before they are written to. Large random draws there
-  are zeros as well.
+- Large ones copied to the host are zeros, which take no memory before they are written to. So are, on the host itself,
+  large random draws, copies, and products of large matrices.
 
 What an unknown number decides in another way (`unique`, `repeat_interleave` by a tensor) raises an error. In `backward`
 newer PyTorch does not ask the imaginary card about devices: what makes tensors there, and in checkpointed parts, must
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,7 +42,7 @@ from spo.training.fused_attention import fused_attention, is_fused
 from spo.training.storages import StorageFacts, tensors_in
 
 KNOWN_BYTES = 2**14
-LARGE_DRAW = 2**16  # numbers; larger random draws on the host are left out
+LARGE = 2**16  # numbers; what is made of more of them on the host is zeros
 CARD = torch.device("cuda", 0)
 _META = torch.device("meta")
 _HOST = torch.device("cpu")
@@ -137,6 +137,10 @@ class _Boundary(TorchFunctionMode):
                 return torch.autograd.backward(*args, **{_BACKWARD.get(name, name): kwargs[name] for name in kwargs})
         if func is Tensor.cuda:
             return args[0].to(_META)
+        if func in _INITIALISERS and kwargs["tensor"].is_meta:  # numbers that nobody will know
+            return kwargs["tensor"]
+        if func is Tensor.pin_memory:  # for a card that is not there
+            return args[0]
         if any(_is_meta_device(value) for value in (*args, kwargs.get("device"))):
             return _on_meta(func, args, kwargs)
         args = [_translated(value) for value in args]
@@ -147,6 +151,7 @@ class _Boundary(TorchFunctionMode):
 
 
 _ABOUT_DEVICES = (torch.device, torch._C._nn._parse_to)  # which give devices back
+_INITIALISERS = (nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)
 _BACKWARD = {"gradient": "grad_tensors"}  # Tensor.backward's name -> torch.autograd.backward's
 _FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 
@@ -220,12 +225,17 @@ class _Card(TorchDispatchMode):
             return self._run(func, args, kwargs)
 
     def _on_host(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]) -> Any:
-        """As it is, but large random draws."""
+        """As it is, but what takes long or much memory."""
+        packet = func.overloadpacket
         if torch.Tag.nondeterministic_seeded in func.tags:
-            if func._schema.is_mutable and inputs[0].numel() > LARGE_DRAW:
+            if func._schema.is_mutable and inputs[0].numel() > LARGE:
                 return inputs[0]
-            if func.overloadpacket in (_aten.randn, _aten.rand) and math.prod(args[0]) > LARGE_DRAW:
+            if packet in (_aten.randn, _aten.rand) and math.prod(args[0]) > LARGE:
                 return _lazy_zeros(args[0], kwargs.get("dtype") or torch.get_default_dtype())
+        if packet in _HEAVY and any(tensor.numel() > LARGE for tensor in inputs):
+            kwargs = kwargs | ({"device": _META} if "device" in kwargs else {})
+            shape = func(*_changed(args, _on_meta_device), **kwargs)
+            return _lazy_zeros(shape.shape, shape.dtype).as_strided(shape.shape, shape.stride())
         return func(*args, **kwargs)
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -256,16 +266,19 @@ class _Card(TorchDispatchMode):
 
     def _shapes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The operator's results without values. Slow, and networks repeat themselves: so known ones are copied."""
-        key = None if func in self.aliasing else (func, _description(args), _description(tuple(kwargs.items())))
+        key = (func, _description(args), _description(tuple(kwargs.items())))
         if key in self.layouts:
-            return _made(self.layouts[key])
+            layout = self.layouts[key]
+            if layout is _FIRST:
+                return args[0]
+            return _dressed(layout.of(args[0])) if isinstance(layout, _View) else _made(layout)
         before, _thread.as_meta = _thread.as_meta, True
         try:
             result = func(
                 *_changed(args, _shape_of), **{name: _changed(item, _shape_of) for name, item in kwargs.items()}
             )
         except NotImplementedError:
-            if not func._schema.name.startswith("aten::_foreach_"):  # which PyTorch 2.1 has no shapes for
+            if not func._schema.name.startswith(("aten::_foreach_", "aten::_fused_")):  # no shapes in PyTorch 2.1
                 raise
             result = None if func._schema.is_mutable else [torch.empty_like(tensor) for tensor in args[0]]
         finally:
@@ -274,6 +287,12 @@ class _Card(TorchDispatchMode):
         storages = {tensor.untyped_storage()._cdata for tensor in inputs}
         if any(item.untyped_storage()._cdata in storages for item in tensors_in(result)):
             self.aliasing.add(func)
+            if isinstance(result, Tensor) and isinstance(args[0], Tensor):
+                if result is not args[0]:
+                    if result.untyped_storage()._cdata == args[0].untyped_storage()._cdata:
+                        self.layouts[key] = _View.of_first(result, args[0])
+                elif key[1] == _description(args):  # changed in place, and not in its shape
+                    self.layouts[key] = _FIRST
             return _changed(result, lambda item: item if any(item is one for one in inputs) else _dressed(item))
         if _is_whole(result):
             self.layouts[key] = _changed(result, _layout_of)
@@ -393,6 +412,7 @@ _ANSWERS = {
         (_aten.index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_, _aten._unsafe_index), _Card._by_index
     ),
 }
+_HEAVY = (_aten._to_copy, _aten.clone, _aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm, _aten.convolution)
 _EMPTY = (_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided)
 _HOLDS = (_aten.lt, _aten.le, _aten.gt, _aten.ge, _aten.ne, _aten.all)
 _FAILS = (_aten.eq, _aten.isnan, _aten.isinf, _aten.any)
@@ -411,8 +431,14 @@ def _changed(item: Any, change: Callable[[Any], Any]) -> Any:
 def _shape_of(item: Any) -> Any:
     """A real tensor as PyTorch's shape code wants it; single numbers as they are, for the rules of dtypes."""
     if isinstance(item, Tensor) and item.ndim and not _is_card(item):
-        return torch.empty_strided(item.size(), item.stride(), dtype=item.dtype, device=_META)
+        return _on_meta_device(item)
     return None if isinstance(item, torch.Generator) else item
+
+
+def _on_meta_device(item: Any) -> Any:
+    if isinstance(item, Tensor):
+        return torch.empty_strided(item.size(), item.stride(), dtype=item.dtype, device=_META)
+    return item
 
 
 def _dressed(item: Any) -> Any:
@@ -426,6 +452,25 @@ class _Layout:
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _View:
+    """Of an operator's first argument; offset: from where that begins in its storage."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of_first(cls, view: Tensor, first: Tensor) -> _View:
+        return cls(view.size(), view.stride(), int(view.storage_offset() - first.storage_offset()))
+
+    def of(self, first: Tensor) -> Tensor:
+        return first.as_strided(self.size, self.stride, first.storage_offset() + self.offset)
+
+
+_FIRST = "the operator's first argument itself"
 
 
 def _layout_of(item: Any) -> Any:

@@ -66,6 +66,14 @@ class Peak:
 
 
 @dataclass
+class Rise:
+    """Bytes above what was there before: of tensors, and of tensors and workspaces."""
+
+    tensors_bytes: int = 0
+    with_workspace_bytes: int = 0
+
+
+@dataclass
 class _Storage:
     """One storage on the device; what was there before is not counted."""
 
@@ -151,6 +159,26 @@ class Ruler(TorchDispatchMode):
                 before = max(before, self._peak, key=lambda peak: peak.total_gib)
                 before_with_workspace = max(before_with_workspace, self._peak_with_workspace)
             self._peak, self._peak_with_workspace = before, before_with_workspace
+
+    @contextmanager
+    def rise(self) -> Iterator[Rise]:
+        """How far memory rises inside above what is there at the beginning; known afterwards."""
+        before, before_with_workspace, rise = self._peak, self._peak_with_workspace, Rise()
+        self.reset_peak()
+        start_bytes = self._peak_with_workspace
+        yield rise
+        rise.tensors_bytes = self._peak.weights_bytes + self._peak.tensors_bytes - start_bytes
+        rise.with_workspace_bytes = self._peak_with_workspace - start_bytes
+        self._peak = max(before, self._peak, key=lambda peak: peak.weights_bytes + peak.tensors_bytes)
+        self._peak_with_workspace = max(before_with_workspace, self._peak_with_workspace)
+
+    def note(self, rise: Rise) -> None:
+        """Count a rise once more, above what is there now."""
+        self._sweep(None)
+        now = Peak(self._weights, self._tensors + rise.tensors_bytes)
+        self._peak = max(self._peak, now, key=lambda peak: peak.weights_bytes + peak.tensors_bytes)
+        total = self._weights + self._tensors + rise.with_workspace_bytes
+        self._peak_with_workspace = max(self._peak_with_workspace, total)
 
     # ---- counting
 

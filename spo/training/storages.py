@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -47,7 +48,9 @@ class StorageFacts(Generic[Fact]):
         return [self._facts.pop(key)[1] for key in dead]
 
 
-_PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.layout, torch.memory_format))
+@cache
+def _is_tensor(kind: type) -> bool:
+    return issubclass(kind, Tensor)  # remembered for speed: asking each tensor is slow
 
 
 def tensors_in(*values: Any) -> list[Tensor]:
@@ -55,12 +58,10 @@ def tensors_in(*values: Any) -> list[Tensor]:
     tensors: list[Tensor] = []
     for value in values:
         kind = type(value)
-        if kind in _PLAIN:  # asked first, for speed: an instance check of a tensor is slow
-            continue
-        if kind in (tuple, list):
+        if _is_tensor(kind):  # type: ignore[arg-type]
+            tensors.append(value)
+        elif kind is tuple or kind is list:
             tensors += tensors_in(*value)
         elif kind is dict:
             tensors += tensors_in(*value.values())
-        elif isinstance(value, Tensor):
-            tensors.append(value)
     return tensors

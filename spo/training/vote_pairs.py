@@ -8,6 +8,7 @@ as it is.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,6 +21,9 @@ from spo.images import to_picture
 from spo.preference.taste.votes import VotePair, VotePool
 from spo.rng import stable_seed
 from spo.training.host import Host
+from spo.training.memory import Portion, halve_decode_batch, in_portions, retry_with_less
+
+_LESS_MEMORY = "choose a smaller width and height, or close other programs"
 
 
 class _NoPreference:
@@ -53,7 +57,8 @@ def make_pools(
     from_step: int | None = 4,
     eta: float = 1.0,
 ) -> list[VotePool]:
-    """One pool of `count` pictures for each prompt and seed, in one batch. The host must know the prompts (`prepare`).
+    """One pool of `count` pictures for each prompt and seed, in one batch, or fewer at a time when memory runs out. The
+    host must know the prompts (`prepare`).
 
     from_step  the pictures share their seed, and differ in the noise of this step and of all later ones; the earlier,
                the more they differ. None: different seeds, the others derived from the first
@@ -75,18 +80,29 @@ def _make(
     host: Host, prompts: Sequence[str], seeds: Sequence[int], count: int, from_step: int | None, eta: float
 ) -> Iterator[tuple[str, Tensor, Tensor, tuple[int, ...]]]:
     """Of each prompt latents [K, C, h, w] and pixels [K, 3, height, width], float32 on the CPU, and the K seeds."""
+    all_seeds = [list(seeds)] * count
     if from_step is None:
-        others = [[_other_seed(seed, number) for seed in seeds] for number in range(1, count)]
-        all_seeds = [list(seeds), *others]
-        plain = RolloutSettings(candidates=1, eta=eta)
-        flat = [seed for row in all_seeds for seed in row]
-        final = host.rollout([*prompts] * count, flat, plain, _NoPreference(), _ignore).x
-        latents = final.unflatten(0, (count, -1)).transpose(0, 1)
-    else:
-        all_seeds, latents = [list(seeds)] * count, _parted(host, prompts, seeds, count, from_step, eta)
-    pixels = host.decode(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
-    for n, prompt in enumerate(prompts):
-        yield prompt, latents[n].float().cpu(), pixels[n].float().cpu(), tuple(row[n] for row in all_seeds)
+        all_seeds[1:] = [[_other_seed(seed, number) for seed in seeds] for number in range(1, count)]
+
+    def some(rows: range) -> tuple[Tensor, Tensor]:
+        """[B, K, C, h, w] latents and [B, K, 3, height, width] pixels, on the CPU."""
+        part = slice(rows.start, rows.stop)
+        if from_step is None:
+            plain = RolloutSettings(candidates=1, eta=eta)
+            flat = [seed for row in all_seeds for seed in row[part]]
+            final = host.rollout([*prompts[part]] * count, flat, plain, _NoPreference(), _ignore).x
+            latents = final.unflatten(0, (count, -1)).transpose(0, 1)
+        else:
+            latents = _parted(host, prompts[part], seeds[part], count, from_step, eta)
+        pixels = retry_with_less(
+            lambda: host.decode(latents.flatten(0, 1)), lambda: halve_decode_batch(host), warnings.warn, _LESS_MEMORY
+        )
+        return latents.float().cpu(), pixels.unflatten(0, latents.shape[:2]).float().cpu()
+
+    parts = in_portions(some, len(prompts), Portion("prompts at a time", len(prompts)), warnings.warn, _LESS_MEMORY)
+    made = [pictures for latents, pixels in parts for pictures in zip(latents, pixels, strict=True)]
+    for n, (prompt, (latents, pixels)) in enumerate(zip(prompts, made, strict=True)):
+        yield prompt, latents, pixels, tuple(row[n] for row in all_seeds)
 
 
 def _other_seed(seed: int, number: int) -> int:

@@ -467,6 +467,13 @@ def compute_dtype() -> torch.dtype:
     return torch.float32 if full else devices.dtype
 
 
+def weights_in_float8() -> bool:
+    """The "FP8 weight" setting as it is in force."""
+    from modules import devices
+
+    return bool(devices.fp8)
+
+
 def autocast() -> AbstractContextManager[Any]:
     """The precision in which the WebUI runs the network."""
     from modules import devices

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer as PeftLayer
 from spo.errors import SpoError
 from spo.progress import Watcher
 from spo.training.loop import train
-from spo.training.memory import Portion, in_portions, is_out_of_memory, once_more, retry_with_less
+from spo.training.memory import Portion, in_portions, is_out_of_memory, loaded_scorer, once_more, retry_with_less
 from tests.tiny_host import PROMPTS, MeanOfChannel, TinyHost, same_weights, small, weights_of
 
 CUDA = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 11.99 GiB"
@@ -130,6 +130,26 @@ def test_gradient_checkpointing_is_the_last_resort(tmp_path):
     said = []
     assert train(host, config, PROMPTS, MeanOfChannel(), Watcher(log=said.append)).finished
     assert said == ["Out of memory: going on with gradient_checkpointing on."]
+
+
+# ---- loading the scorer
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_out_of_memory_while_the_scorer_is_loaded(failures):
+    left, said = iter(range(failures)), []
+
+    def load():
+        if next(left, None) is not None:
+            raise torch.cuda.OutOfMemoryError(CUDA)
+        return MeanOfChannel()
+
+    if failures == 1:
+        assert loaded_scorer(load, said.append).name == "mean-of-channel"
+    else:
+        with pytest.raises(SpoError, match="choose rest_on_cpu or preference_precision float16"):
+            loaded_scorer(load, said.append)
+    assert said == ["Out of memory: going on with emptied caches."]
 
 
 # ---- ten places

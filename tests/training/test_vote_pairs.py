@@ -75,3 +75,32 @@ def test_a_pool_begins_with_its_pair(host, from_step):
     assert len(set(pool.seeds)) == (1 if from_step else 4)
     distances = [float((pool.latents[i] - pool.latents[j]).abs().mean()) for i in range(4) for j in range(i)]
     assert min(distances) > 0
+
+
+@pytest.mark.parametrize("place", ["rollout", "decode"])
+@pytest.mark.parametrize("from_step", [10, None])
+def test_out_of_memory_while_voting_halves_and_goes_on(host, monkeypatch, place, from_step):
+    expected = make_pairs(host, ["a", "b"], [5, 6], from_step)
+    healthy, trips = getattr(host, place), iter([True])
+
+    def trip(*args):
+        if next(trips, False):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return healthy(*args)
+
+    monkeypatch.setattr(host, place, trip)
+    with pytest.warns(UserWarning, match="Out of memory: going on with (prompts at a time 1|decode_batch 2)"):
+        made = make_pairs(host, ["a", "b"], [5, 6], from_step)
+    for one, other in zip(made, expected, strict=True):
+        assert (one.prompt, one.seed_left, one.seed_right) == (other.prompt, other.seed_left, other.seed_right)
+        torch.testing.assert_close(one.latents, other.latents, rtol=0, atol=1e-5)
+        torch.testing.assert_close(one.pixels, other.pixels, rtol=0, atol=1e-5)
+
+
+def test_out_of_memory_with_one_pair_at_a_time_says_what_to_do(host, monkeypatch):
+    def trip(*args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(host, "rollout", trip)
+    with pytest.raises(SpoError, match="smaller width and height"):
+        make_pairs(host, ["a"], [5])

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from spo.lora.read import check_matches, read_lora
 from spo.preference.load import load
 from spo.report.grids import grid
 from spo.report.tables import score_table
+from spo.training.memory import loaded_scorer, once_more, retry_with_less
 from spo.webui import a1111, folders
 from spo.webui.a1111 import Checkpoint, PictureRequest, Pictures
 from spo.webui.jobs.job import Job, ready_checkpoint, start
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 MAX_PICTURES = 400
 MAX_WEIGHT = 10.0
+_LESS_MEMORY = "choose a smaller width and height, or no preference model, or close other programs"
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,9 @@ def _compare(job: Job, plan: _Plan) -> None:
     preference: PreferenceModel | None = None
     if plan.preference:
         job.say(f"Loading the preference model {Path(plan.preference).name} ...")
-        preference = load(plan.preference, device=a1111.device(), architecture=plan.checkpoint.architecture)
+        preference = loaded_scorer(
+            lambda: load(plan.preference, device=a1111.device(), architecture=plan.checkpoint.architecture), job.say
+        )
     if job.asked_to_stop():
         job.phase = "stopped"
         return job.say("Stopped before the first picture.")
@@ -254,7 +259,8 @@ def _make_pictures(job: Job, plan: _Plan, preference: PreferenceModel | None) ->
                 return results
             done = number * len(plan.rows) + row
             a1111.show_progress(job.fraction, f"picture {done + 1} of {plan.pictures}, {column.label}", job.eta_s)
-            made = _make_picture(plan, f"{prompt} {column.tag}".rstrip(), seed)
+            draw = partial(_make_picture, plan, f"{prompt} {column.tag}".rstrip(), seed)
+            made = retry_with_less(draw, once_more(), job.say, _LESS_MEMORY)
             if not a1111.is_loaded(plan.checkpoint):
                 results.ended_early = "The checkpoint was switched, so the comparison ended"
                 return results
@@ -262,7 +268,8 @@ def _make_pictures(job: Job, plan: _Plan, preference: PreferenceModel | None) ->
                 results.pictures[row, number] = made.images[0]
                 results.infotext = results.infotext or made.infotext
                 if preference is not None:
-                    results.scores[row, number] = _score(preference, made, prompt)
+                    score = partial(_score, preference, made, prompt)
+                    results.scores[row, number] = retry_with_less(score, once_more(), job.say, _LESS_MEMORY)
             done += 1
             job.step, job.fraction = done, done / plan.pictures
             job.eta_s = (time.time() - began) / done * (plan.pictures - done)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from spo.config import Config, build_config, read_config_file
 from spo.demo.install import FILE_NAME as DEMO_CHECKPOINT
 from spo.demo.install import install_demo
 from spo.errors import SpoError
+from spo.headless.device import card_size_gib
 from spo.headless.plan import Plan, make_plan
 from spo.images import to_picture
 from spo.preference.load import BUNDLED, load_preference
@@ -28,9 +29,11 @@ from spo.prompts import read_prompts
 from spo.report.curves import curves
 from spo.runs.layout import RunFiles
 from spo.training.loop import TrainingReport, check_output, train
+from spo.training.memory import loaded_scorer
 from spo.webui import a1111, cards, folders, runs
 from spo.webui.host import borrowed
 from spo.webui.jobs.job import Example, Job, PoolPictures, ready_checkpoint, start
+from spo.webui.jobs.memory import memory_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,6 +154,26 @@ def plan_text(request: TrainingRequest) -> str:
     return plan_of(request)[1].text()
 
 
+def plan_memory(request: TrainingRequest) -> str:
+    """What the run needs of the card in each phase, after some seconds. Raises SpoError as `prepare`."""
+    prepared, checkpoint = prepare(request), a1111.loaded_checkpoint()
+    device, config = a1111.device(), prepared.config
+    if a1111.weights_in_float8():
+        config = replace(config, model=replace(config.model, weight_storage="float8"))
+    text_gib = vae_gib = 0.0
+    if not checkpoint.low_memory:
+        tensors = a1111.tensors_of(checkpoint)
+        text_gib = _half_gib(tensors, ("cond_stage_model.", "conditioner."))
+        vae_gib = _half_gib(tensors, ("first_stage_model.",))
+    card_gib = card_size_gib(str(device)) if device.type == "cuda" else None
+    return memory_text(config, prepared.prompts, card_gib, text_gib=text_gib, vae_gib=vae_gib)
+
+
+def _half_gib(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> float:
+    """Of those tensors, in half precision."""
+    return sum(2 * tensor.numel() for name, tensor in tensors.items() if name.startswith(prefixes)) / 2**30
+
+
 def plan_of(request: TrainingRequest) -> tuple[Prepared, Plan]:
     """The request, checked, and what the run will do. Raises SpoError as `prepare`."""
     prepared, checkpoint = prepare(request), a1111.loaded_checkpoint()
@@ -214,7 +237,9 @@ def _train(job: Job, prepared: Prepared, resume: bool) -> None:
         job.asked_to_stop()
         with warnings.catch_warnings(record=True) as doubts:
             warnings.simplefilter("always", UserWarning)
-            preference = load_preference(config, host.device, host.architecture, job.say)
+            preference = loaded_scorer(
+                lambda: load_preference(config, host.device, host.architecture, job.say), job.say
+            )
         for warning in doubts:
             job.say(str(warning.message))
         job.asked_to_stop()

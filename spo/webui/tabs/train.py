@@ -15,7 +15,7 @@ from spo.prompts import read_prompts
 from spo.webui import a1111, folders, saved_settings
 from spo.webui.jobs import fetching, job
 from spo.webui.jobs.probe import time_text
-from spo.webui.jobs.training import TrainingRequest, plan_text, start_demo, start_training
+from spo.webui.jobs.training import TrainingRequest, plan_memory, plan_text, start_demo, start_training
 from spo.webui.packages import missing, missing_text
 from spo.webui.tabs import form, page, watch
 
@@ -229,7 +229,7 @@ def _request(given: tuple[Any, ...]) -> TrainingRequest:
     )
 
 
-_MEASURING = "time        one step of it is being measured ..."
+_MEASURING = "time        one step of it is being measured, and its memory counted ..."
 
 
 def _check(*given: Any) -> str:
@@ -239,7 +239,8 @@ def _check(*given: Any) -> str:
 def _time(plan: str, *given: Any) -> str:
     if _MEASURING not in plan:  # a sentence about what cannot work
         return plan
-    return page.note(f"{plan_text(_request(given))}\n{time_text(_request(given))}")
+    request = _request(given)
+    return page.note(f"{plan_text(request)}\n{time_text(request)}\n{plan_memory(request)}")
 
 
 def _start(*given: Any) -> tuple[str, Any, str]:
