@@ -155,6 +155,11 @@
             dialog.addEventListener("click", function() {
                 dialog.close();
             });
+            dialog.addEventListener("keydown", function(event) {
+                if (event.key !== "Escape") return;
+                event.stopPropagation(); // the WebUI's own pictures would be closed, which need not be there
+                dialog.close();
+            });
             document.body.append(dialog);
         }
         return dialog;

@@ -50,7 +50,7 @@ await walk(async () => {
     await click("#spo_send");
     await pause(800);
     const prompt = await value("txt2img_prompt");
-    expect(`the prompt is "${prompt}"`, /^\S.* <lora:demo:1>$/.test(prompt));
+    expect(`the prompt is "${prompt}"`, /^\S.* <lora:demo(-step\d+)?:1>$/.test(prompt));
     await click("#txt2img_generate");
     await until("the picture", async () => (await page.locator("#txt2img_gallery img").count()) > 0 && !(await page.locator("#txt2img_results .progressDiv").count()), 120);
     await pause(1000);

@@ -58,6 +58,7 @@ HOST_OWNED = {
     "prompts": "the prompts given",
 }
 POOL_PX = 512
+DEMO_SAMPLES = ("strawberry", "owl", "rose", "rocket")
 DEMO_UPDATES = 60  # the LoRA wins nine in ten pairs from 30 on (docs/demo.md)
 _SAFETENSORS_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
 
@@ -203,7 +204,8 @@ def start_demo() -> Job:
     install_demo(a1111.models_folder(), a1111.checkpoint_folder())
     a1111.refresh_checkpoints()
     prompts = read_prompts(folders.BUNDLED_PROMPTS)
-    short = {"preference": BUNDLED, "steps": DEMO_UPDATES, "sample_every": 20, "save_every": 0}
+    short: dict[str, Any] = {"preference": BUNDLED, "steps": DEMO_UPDATES, "sample_every": 20, "save_every": 0}
+    short["sample_prompts"] = list(DEMO_SAMPLES)
     request = TrainingRequest(folders.free_name("demo"), prompts, short, preset="demo")
 
     def load_and_train(job: Job) -> None:
