@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import platform
 import re
 import subprocess
@@ -34,7 +35,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,34 @@ class Phases:
         return 1024 * int(match[1]) if match else 0
 
 
+@cache
+def normal_numbers() -> Tensor:
+    """[2^22] of the standard normal distribution; drawing a billion takes a minute."""
+    return torch.randn(2**22)
+
+
+def random_values(shape: Sequence[int], dtype: torch.dtype, deviation: float) -> Tensor:
+    """A tensor of normal numbers, the same ones over and over."""
+    values = torch.empty(tuple(shape), dtype=dtype)
+    flat = values.view(-1)
+    numbers = (normal_numbers()[: len(flat)] * deviation).to(dtype)
+    for part in flat.split(len(numbers)):
+        part.copy_(numbers[: len(part)])
+    return values
+
+
+def with_random_weights(network: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A network on the meta device gets weights of its fresh layers' scale: norms 1 and 0, matrices by their inputs."""
+    weights = {}
+    for name, value in network.state_dict().items():
+        if value.ndim > 1:
+            weights[name] = random_values(value.shape, dtype, (3 * math.prod(value.shape[1:])) ** -0.5).to(device)
+        else:
+            weights[name] = torch.full(value.shape, float(name.endswith("weight")), dtype=dtype, device=device)
+    network.load_state_dict(weights, assign=True)
+    return network.eval().requires_grad_(False)
+
+
 def random_clip(place: Placement, published: bool) -> StepAwareCLIP:
     """The step-aware CLIP at full size with random weights, placed as the product places it, or all in float32."""
     with torch.device("meta"):
@@ -131,10 +160,10 @@ def random_clip(place: Placement, published: bool) -> StepAwareCLIP:
         once = name.startswith(("text_model.", "text_projection.", "t_embedder.")) or ".adaLN_modulation." in name
         return once and not published
 
-    tensors = {}
-    for name, value in model.state_dict().items():
-        dtype = place.dtype if stays(name) else torch.float32
-        tensors[name] = torch.empty(value.shape, dtype=dtype).normal_(0, 0.02)
+    tensors = {
+        name: random_values(value.shape, place.dtype if stays(name) else torch.float32, 0.02)
+        for name, value in model.state_dict().items()
+    }
     settle(model, tensors, place, stays)
     return model
 
@@ -203,7 +232,7 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
     dtype = torch.float32 if device.type == "cpu" else torch.float16
-    with device:
+    with torch.device("meta"):
         unet: Any = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
         vae: Any = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -212,9 +241,9 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
             layers_per_block=2,
             latent_channels=4,
         )
-        text, empty = (Conditioning(torch.randn(1, 77, 768, dtype=dtype)) for _ in range(2))
-    unet, vae = (network.to(dtype).eval().requires_grad_(False) for network in (unet, vae))
     del vae.encoder
+    unet, vae = (with_random_weights(network, device, dtype) for network in (unet, vae))
+    text, empty = (Conditioning(torch.randn(1, 77, 768).to(device, dtype)) for _ in range(2))
     preference = scorer_of(side, device)
     if not preference.needs_pixels:
         vae = None
@@ -242,12 +271,14 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, Any]:
     policy = denoiser_of(unet)
     draws = SeededDraws([options.seed])
     start = draws.initial((4, options.latent_px, options.latent_px)).to(device) * sigmas[0]
+    settings = RolloutSettings(
+        divert_start_step=options.divert_start_step, timestep_min=options.timestep_min, threshold=0.0
+    )
     with phases.inside("rollout"):
         rolled = sample_spo(
             policy, start, sigmas, {"cond": text, "uncond": empty, "guidance_scale": CFG},
-            settings=RolloutSettings(divert_start_step=options.divert_start_step, threshold=0.0), draws=draws,
-            alphas_cumprod=alphas, scoring=Scoring(Timed(preference, phases), [PROMPT], decode),
-            repeat=repeat_conditioning,
+            settings=settings, draws=draws, alphas_cumprod=alphas, repeat=repeat_conditioning,
+            scoring=Scoring(Timed(preference, phases), [PROMPT], decode),
         )  # fmt: skip
     assert rolled.pairs is not None
     in_rollout = counts["evaluations"]
@@ -318,7 +349,7 @@ def gradient_of_published(
 
 def result_path(side: str, options: argparse.Namespace) -> Path:
     """Where a side's numbers are; another name for other options."""
-    names = ("latent_px", "sampling_steps", "divert_start_step", "pairs_per_update", "seed", "device")
+    names = ("latent_px", "sampling_steps", "divert_start_step", "timestep_min", "pairs_per_update", "seed", "device")
     return options.work / f"{'_'.join([side, *(str(getattr(options, name)) for name in names)]).replace(' ', '_')}.json"
 
 
@@ -328,6 +359,7 @@ def main() -> None:
     parser.add_argument("--latent-px", type=int, default=32, help="side of the latent (64 is a picture of 512 pixels)")
     parser.add_argument("--sampling-steps", type=int, default=6)
     parser.add_argument("--divert-start-step", type=int, default=1, help="first step that draws a pool")
+    parser.add_argument("--timestep-min", type=int, default=0, help="no pool below; 2 leaves out the last step's")
     parser.add_argument("--pairs-per-update", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
