@@ -83,7 +83,7 @@ await walk(async () => {
     await until("the changed answer", async () => (await pressed()) === "tie", 20);
     await page.locator("#spo_vote_wall figure").first().locator(`[data-answer=${answer}]`).click();
     await until("the answer again", async () => (await pressed()) === answer, 20);
-    await page.locator("#spo_vote_wall").scrollIntoViewIfNeeded();
+    await page.locator("#spo_vote_wall").first().scrollIntoViewIfNeeded();
     await shot(`wall_${SIZE}`);
 
     await fill("spo_vote_name", NAME);
