@@ -174,14 +174,14 @@ def _transitions(config: Config) -> int:
 
 def _waiting(count: int, config: Config, card: torch.device) -> Pairs:
     """Pairs of the first image, without values."""
-    latents = [
+    x_win, x_lose, next_win, next_lose = (
         torch.empty(count, 4, config.prompt.height // 8, config.prompt.width // 8, device=card) for _ in range(4)
-    ]
+    )
     numbers = torch.zeros(count, device=card)
     whole_numbers = torch.zeros(count, dtype=torch.int64, device=card)
     return Pairs(
-        *latents, shared=whole_numbers.bool(), sigma=numbers, sigma_next=numbers, image=whole_numbers,
-        step=whole_numbers, gap=numbers,
+        x_win, x_lose, next_win, next_lose, shared=whole_numbers.bool(), sigma=numbers, sigma_next=numbers,
+        image=whole_numbers, step=whole_numbers, gap=numbers,
     )  # fmt: skip
 
 
