@@ -80,7 +80,7 @@ def count_memory(config: Config, prompts: Sequence[str], *, on_card: bool = Fals
 
     on_card  plan for a CUDA card, whatever is here; else for the configured device, and if that is the CPU, as a card
              would need it in the CPU's precision
-    whole    a whole rollout and update, nothing left out: the same peaks to a part in a thousand, in minutes
+    whole    a whole rollout and update, nothing left out: the same peaks but for a few latents, in minutes
 
     Raises SpoError for what the run itself would refuse.
     """
