@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
@@ -86,12 +87,12 @@ def lora_file(name: str) -> Path:
     return files[name]
 
 
-def free_name(wanted: str) -> str:
-    """`wanted`, or the first of wanted-2, wanted-3 ... without a LoRA or a run."""
+def free_name(wanted: str, taken: Sequence[str] = ()) -> str:
+    """`wanted`, or the first of wanted-2, wanted-3 ... without a LoRA or a run, and not among those taken."""
     for number in range(1, 1000):
         name = wanted if number == 1 else f"{wanted}-{number}"
         path = lora_path(name)
-        if not path.exists() and not run_folder(name).exists():
+        if name not in taken and not path.exists() and not run_folder(name).exists():
             return name
     raise SpoError(f'there are a thousand LoRAs called "{wanted}" already; choose another name.')
 

@@ -120,6 +120,7 @@ _lock = threading.Lock()
 _current: Job | None = None
 _latest: dict[str, Job] = {}  # kind -> the last work of that kind
 _thread: threading.Thread | None = None
+_line: list[tuple[Job, Callable[[Job], None]]] = []  # begun one after the other when the current work has ended
 
 
 def current() -> Job | None:
@@ -138,21 +139,44 @@ def ready_checkpoint() -> a1111.Checkpoint:
     return a1111.loaded_checkpoint() if _current is not None and _current.live else a1111.chosen_checkpoint()
 
 
-def start(kind: str, name: str, work: Callable[[Job], None]) -> Job:
+def start(kind: str, name: str, work: Callable[[Job], None], *, in_line: bool = False) -> Job:
     """Begin `work` in the WebUI's queue and return at once. Raises SpoError while other work of ours goes on.
 
-    work  ends by returning (phase "finished" unless it set another), by SpoError or by any other exception
+    work     ends by returning (phase "finished" unless it set another), by SpoError or by any other exception
+    in_line  while other work goes on, begin when that has ended, however it ended, and what stands in line before
     """
-    global _current, _thread
     with _lock:
-        if _thread is not None and _thread.is_alive():
+        if _thread is None or not _thread.is_alive():
+            job = Job(kind, name, a1111.new_task("spo"))
+            _begin(job, work)
+        elif in_line:
+            job = Job(kind, name, "")
+            _line.append((job, work))
+        else:
             assert _current is not None
             raise BusyError(f'"{_current.name}" is still going on; stop it or wait for its end.')
-        job = Job(kind, name, a1111.new_task("spo"))
-        _current = _latest[kind] = job
-        _thread = threading.Thread(target=_run_queued, args=(job, work), name=f"spo {kind}", daemon=True)
-        _thread.start()
     return job
+
+
+def _begin(job: Job, work: Callable[[Job], None]) -> None:
+    global _current, _thread
+    _current = _latest[job.kind] = job
+    _thread = threading.Thread(target=_run_queued, args=(job, work), name=f"spo {job.kind}", daemon=True)
+    _thread.start()
+
+
+def in_line() -> list[str]:
+    """Names of the work that waits for the current one's end, in its order."""
+    with _lock:
+        return [job.name for job, _ in _line]
+
+
+def clear_line() -> int:
+    """Nothing is begun after the current work; how many waited."""
+    with _lock:
+        count = len(_line)
+        _line.clear()
+    return count
 
 
 class BusyError(SpoError):
@@ -171,7 +195,8 @@ def stop(how: str) -> None:
 
 
 def end(timeout_s: float = 120.0) -> None:
-    """Stop the current work, with its state saved, and wait for its thread: for Reload UI."""
+    """Stop the current work, with its state saved, and wait for its thread; nothing follows it: for Reload UI."""
+    clear_line()
     thread, job = _thread, _current
     if thread is not None and thread.is_alive() and job is not None:
         job.stop_wanted = job.stop_wanted or "save"
@@ -182,6 +207,11 @@ def _run_queued(job: Job, work: Callable[[Job], None]) -> None:
     with a1111.in_queue(job.task, job.task):
         run(job, work)
     job.version += 1
+    with _lock:
+        if _line:
+            following, its_work = _line.pop(0)
+            following.task, following.begun_s = a1111.new_task("spo"), time.time()
+            _begin(following, its_work)
 
 
 def run(job: Job, work: Callable[[Job], None]) -> None:

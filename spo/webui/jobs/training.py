@@ -189,13 +189,17 @@ def plan_of(request: TrainingRequest) -> tuple[Prepared, Plan]:
     return prepared, make_plan(prepared.config, info, prepared.prompts)
 
 
-def start_training(request: TrainingRequest) -> Job:
-    """Check the request, then train in the WebUI's queue. Raises SpoError at once for what cannot work."""
+def start_training(request: TrainingRequest, *, in_line: bool = False) -> Job:
+    """Check the request, then train in the WebUI's queue. Raises SpoError at once for what cannot work.
+
+    in_line  while other work goes on, after that (see `job.start`)
+    """
     prepared = prepare(request)
     return start(
         "training",
         folders.lora_name(Path(prepared.config.run.output)),
         lambda job: _train(job, prepared, request.resume),
+        in_line=in_line,
     )
 
 

@@ -45,9 +45,10 @@ _MARGIN_PX = (44, 14, 8, 20)  # left, top, right, bottom
 PARTS = ("pool", "curves", "pictures", "table", "log")
 
 
-def status(job: Job | None, run: Job | None = None, **more: Any) -> str:
+def status(job: Job | None, run: Job | None = None, line: Sequence[str] = (), **more: Any) -> str:
     """What is going on, in a line. Attributes on its root tell the page's script what to follow.
 
+    line  names of what begins afterwards
     run   the last training run, whose LoRA is sent to txt2img; more: other attributes
     """
     values: dict[str, Any] = {"phase": "none", "live": 0, **more}
@@ -55,6 +56,8 @@ def status(job: Job | None, run: Job | None = None, **more: Any) -> str:
     if job is not None:
         values |= {"phase": job.shown_phase, "task": job.task, "kind": job.kind, "live": int(job.live)}
         text = _message(job)
+    if line:
+        text += small(f"Then: {', '.join(line)}.")
     if run is not None and run.output is not None and run.example is not None:
         values |= {
             "lora": run.output.stem,

@@ -156,6 +156,7 @@ def build() -> TrainTab:
                 stop_save = gr.Button("Stop and save", elem_id="spo_stop_save")
                 stop_now = gr.Button("Stop", variant="stop", elem_id="spo_stop")
                 sample = gr.Button("Sample now", elem_id="spo_sample")
+                clear = gr.Button("Empty the line", elem_id="spo_clear_line")
             with gr.Row(visible=False, elem_id="spo_finished") as finished:
                 compare = gr.Button("See it with and without the LoRA", variant="primary", elem_id="spo_compare")
                 send = gr.Button("Send to txt2img", elem_id="spo_send")
@@ -187,6 +188,7 @@ def build() -> TrainTab:
         stopped = button.click(page.with_errors(_stop(how)), [], [plan], queue=False)
         stopped.then(None, [], [], _js="spo_refresh_now")
     sample.click(_sample, [], [plan], queue=False)
+    clear.click(_clear_line, [], [plan], queue=False)
     send.click(None, [], [], _js="spo_send_to_txt2img")
     save.click(_save_settings, [saved_name, *values], [plan, saved])
     saved.change(_load_settings, [saved], [plan, *values])
@@ -251,14 +253,20 @@ def _start(*given: Any) -> tuple[str, Any, str]:
             return "", gr.update(visible=True), _no_preference()
         taken = ""
         if not request.settings.get("replace"):
-            free = folders.free_name(request.name)
+            free = folders.free_name(request.name, job.in_line())
             taken = f'"{request.name}" is taken, so this run is called "{free}".' if free != request.name else ""
             request = replace(request, name=free)
-        started = start_training(request)
+        started = start_training(request, in_line=True)
     except SpoError as error:
         return page.error(str(error)), hidden, ""
     started.looked_at_s = time.time()
-    return page.note(taken) if taken else "", hidden, ""
+    waits = f'"{started.name}" stands in line and begins when what goes on has ended.' if not started.task else ""
+    return page.note(f"{taken} {waits}".strip()) if taken or waits else "", hidden, ""
+
+
+def _clear_line() -> str:
+    count = job.clear_line()
+    return page.note(f"{count} taken out of the line." if count else "Nothing stood in line.")
 
 
 def _no_preference() -> str:

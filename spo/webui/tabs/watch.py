@@ -81,7 +81,8 @@ def _status(shown: job.Job | None) -> str:
     """The status with what the page's script watches besides: whether lists are to be read anew, and the checkpoint."""
     fetched = fetching.current()
     live = int(fetched is not None and fetched.live)
-    return page.status(shown, job.latest("training"), download=live, lists=lists_key(), checkpoint=a1111.chosen_title())
+    run, title = job.latest("training"), a1111.chosen_title()
+    return page.status(shown, run, job.in_line(), download=live, lists=lists_key(), checkpoint=title)
 
 
 def lists_key() -> str:

@@ -61,3 +61,35 @@ def test_a_file_that_cannot_be_written_is_named(webui):
     assert started.phase == "failed"
     assert started.message.startswith('"metrics.csv" could not be read or written: No space left on device.')
     assert "resume" in started.message
+
+
+def test_work_in_line_begins_when_the_work_before_has_ended(webui):
+    """However it ended; one after the other; and the line can be emptied."""
+    release, order = threading.Event(), []
+
+    def fails(mine):
+        release.wait(10)
+        order.append("first")
+        raise SpoError("It cannot work.")
+
+    first = job.start("training", "first", fails)
+    second, third = (
+        job.start("training", name, lambda mine: order.append(mine.name), in_line=True) for name in ("second", "third")
+    )
+    assert job.in_line() == ["second", "third"] and job.current() is first and second.phase == third.phase == "waiting"
+    release.set()
+    for _ in range(500):
+        if third.phase == "finished":
+            break
+        threading.Event().wait(0.01)
+    assert order == ["first", "second", "third"] and first.phase == "failed" and second.task
+    assert job.current() is third and not job.in_line()
+    release.clear()
+    job.end()
+    job.start("training", "first", lambda mine: release.wait(10))
+    job.start("training", "never", lambda mine: order.append("never"), in_line=True)
+    assert job.clear_line() == 1 and job.clear_line() == 0
+    job.start("training", "neither", lambda mine: order.append("never"), in_line=True)
+    release.set()
+    job.end()
+    assert "never" not in order and not job.in_line()
