@@ -15,6 +15,7 @@ import pytest
 gr = pytest.importorskip("gradio")
 
 from spo.webui import a1111  # noqa: E402
+from spo.webui.jobs import voting  # noqa: E402
 from spo.webui.tabs import tab, texts  # noqa: E402
 from tests.webui import stand_in  # noqa: E402
 
@@ -29,6 +30,7 @@ def page_texts(webui, monkeypatch):
     """The texts of the whole tab."""
     monkeypatch.setattr(a1111, "refresh_button", lambda *given: None)
     monkeypatch.setattr(a1111, "sampler_names", lambda: ["Euler a"])
+    monkeypatch.setattr(voting, "_session", None)  # a page as it is at first, whatever other tests left
     ((block, _, _),) = tab.tabs()
     return texts.texts(block)
 

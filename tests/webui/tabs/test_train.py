@@ -70,7 +70,12 @@ def test_start_without_a_preference_model_says_what_to_do(webui):
 
 def test_a_taken_name_gets_a_number_unless_the_lora_is_to_be_replaced(webui, monkeypatch):
     asked = []
-    monkeypatch.setattr(train_tab, "start_training", lambda request: asked.append(request) or Job("training", "x", "t"))
+
+    def start_training(request, in_line):
+        asked.append(request)
+        return Job("training", request.name, "" if request.name == "vivid" else "task")
+
+    monkeypatch.setattr(train_tab, "start_training", start_training)
     folders.lora_path("vivid").write_bytes(b"x")
     filling = form.Filling("demo", "sd15")
     for replace in (False, True):
@@ -78,7 +83,12 @@ def test_a_taken_name_gets_a_number_unless_the_lora_is_to_be_replaced(webui, mon
         fields |= {"preference": "demo", "replace": replace}
         said = train_tab._start(filling.text(), "vivid", "a fox", [], *fields.values())[0]
         assert ("is taken" in said) is not replace
+        assert ("stands in line" in said) is replace  # a job that has no task yet waits
     assert [request.name for request in asked] == ["vivid-2", "vivid"]
+    monkeypatch.setattr(job, "in_line", lambda: ["vivid-2"])
+    fields["replace"] = False
+    train_tab._start(filling.text(), "vivid", "a fox", [], *fields.values())
+    assert asked[-1].name == "vivid-3"
 
 
 def test_the_demo_is_one_click(webui, monkeypatch):
