@@ -31,7 +31,7 @@ class OneLayer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         part: nn.Module = nn.Linear(72, 64)
-        nn.init.normal_(part.weight, std=0.02, generator=torch.Generator().manual_seed(0))
+        part.weight.data = 0.02 * torch.randn(64, 72, generator=generator("layer"))
         nn.init.zeros_(part.bias)
         for name in reversed(LAYER.split(".")[1:]):
             whole = nn.Module()
