@@ -13,6 +13,7 @@ import torch
 from spo.algorithm.rollout import RolloutSettings
 from spo.errors import SpoError
 from spo.lora.read import read_lora
+from spo.preference import load as preference_load
 from spo.training.loop import train
 from tests.tiny_host import MeanOfChannel
 from tests.webui import test_host as host
@@ -422,7 +423,7 @@ def test_a_ckpt_that_the_webui_has_loaded_is_trained(webui, tmp_path, monkeypatc
             raise AssertionError(f"{path} is opened once more")
 
         monkeypatch.setattr(tensor_file, "_load_pickle", opened)
-        monkeypatch.setattr(training, "DEMO_CHECKPOINT", pickle.name)  # so that the demo's preference model is taken
+        monkeypatch.setattr(preference_load, "DEMO_CHECKPOINTS", (pickle.name,))  # so that "demo" is taken
         request = training.TrainingRequest(
             "spo-test-of-a-pickle", ["a fox"], {"preference": "demo", "width": 128, "height": 128}
         )

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from spo.preference import load as preference_load
 from tests.tiny_host import MeanOfChannel
 from tests.webui.test_host import load, pytestmark, txt2img, webui  # noqa: F401 - a fixture and a mark
 
@@ -65,8 +66,8 @@ def one_run(kind, chance, name, monkeypatch):
     preference = Faulty(calls, faults[kind])
     with monkeypatch.context() as patch:
         patch.setattr(training, "load_preference", lambda *args, **kwargs: preference)
-        loaded = Path(shared.sd_model.sd_checkpoint_info.filename).name
-        patch.setattr(training, "DEMO_CHECKPOINT", loaded)  # so that "demo" is not refused here
+        loaded = Path(shared.sd_model.sd_checkpoint_info.filename).stem
+        patch.setattr(preference_load, "DEMO_CHECKPOINTS", (loaded,))  # so that "demo" is not refused here
         if kind == "optimizer":
             updates = chance.randint(1, 3)
 

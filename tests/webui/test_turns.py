@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from spo.lora.read import read_lora
+from spo.preference import load as preference_load
 from tests.tiny_host import MeanOfChannel, same_weights
 from tests.webui import test_host as host
 
@@ -51,7 +52,7 @@ def test_pictures_have_their_turn_and_the_run_ends_as_without_them(webui, monkey
     other_title = shared.opts.data["sd_model_checkpoint"]
     host.load(name)
     of_own = host.txt2img("Euler a")
-    monkeypatch.setattr(training, "DEMO_CHECKPOINT", Path(shared.sd_model.sd_checkpoint_info.filename).name)
+    monkeypatch.setattr(preference_load, "DEMO_CHECKPOINTS", (Path(shared.sd_model.sd_checkpoint_info.filename).stem,))
 
     def trained(run, meanwhile=lambda: None):
         started = training.start_training(training.TrainingRequest(run, ["a fox", "a (boat:1.2)"], SETTINGS))

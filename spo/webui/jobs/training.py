@@ -21,7 +21,7 @@ from spo.demo.install import install_demo
 from spo.errors import SpoError
 from spo.headless.plan import Plan, make_plan
 from spo.images import to_picture
-from spo.preference.load import BUNDLED, load_preference
+from spo.preference.load import BUNDLED, check_made_for, load_preference
 from spo.presets import preset
 from spo.progress import Progress, Watcher
 from spo.prompts import read_prompts
@@ -132,11 +132,7 @@ def prepare(request: TrainingRequest) -> Prepared:
             "No preference model is chosen. Download the published one for the loaded checkpoint (5.2 GB) in the "
             "Preference tab, or vote there and fit one to your votes; then choose it."
         )
-    if values["preference"] == BUNDLED and checkpoint.file.name != DEMO_CHECKPOINT:
-        raise SpoError(
-            f'The preference model "{BUNDLED}" knows the demo checkpoint\'s pictures only; the loaded checkpoint is '
-            f"{checkpoint.name}, so choose another model."
-        )
+    check_made_for(values["preference"], checkpoint.file.name)
     values |= {
         "checkpoint": str(checkpoint.file),
         "prompts": str(folders.run_files(request.name).prompts),

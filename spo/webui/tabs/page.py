@@ -145,7 +145,7 @@ def _page_of(job: Job) -> str:
     """Where a comparison's page with its pictures is: a link where the WebUI serves the file, else its path."""
     if job.page is None:
         return ""
-    link, path = a1111.link_to(job.page), html.escape(str(job.page))
+    link, path = a1111.link_to(job.page), html.escape(folders.placeless(str(job.page)))
     if not link:
         return f'<p class="spo-small">{path}</p>'
     address = html.escape(link)
