@@ -7,8 +7,8 @@ mean of a channel of the predicted clean latent), and make one update on each ba
 
 ours       sample_spo and pair_loss themselves: one policy and one reference evaluation for a pair; the reference is the
            network, adapter off
-published  a plain transcription of the published order: the reference is a deep copy of the network; policy and
-           reference are each run on the win and on the lose side, although both start from the same latent
+published  as in full_size_order.py: the reference is a deep copy of the network; policy and reference are
+           each run on the win and on the lose side, although both start from the same latent
 
 Each side runs in a process of its own, so that its peak memory is its own. Times are ratios within one call.
 """
@@ -22,7 +22,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,16 +48,10 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     import torch
     from diffusers import UNet2DConditionModel
 
+    from benchmarks.full_size_order import gradient_of_ours, gradient_of_published
     from spo.algorithm.denoiser import Conditioning, GuidedDenoiser
-    from spo.algorithm.diffusion import (
-        ancestral_step,
-        scaled_linear_alphas_cumprod,
-        sigma_ladder,
-        transition_log_density,
-        transition_mean,
-    )
-    from spo.algorithm.objective import pair_loss, spo_loss
-    from spo.algorithm.pairs import Pairs
+    from spo.algorithm.diffusion import scaled_linear_alphas_cumprod, sigma_ladder
+    from spo.algorithm.objective import spo_loss
     from spo.algorithm.rollout import RolloutSettings, Scoring, sample_spo
     from spo.headless.host import repeat_conditioning
     from spo.lora.adapter import Adapter, modules_of_kinds
@@ -109,43 +102,17 @@ def measure(side: str, options: argparse.Namespace) -> dict[str, float]:
     assert rolled.pairs is not None
     sampled = clock()
 
-    def repeated(count: int) -> dict[str, Any]:
-        return {"cond": text.repeat(count), "uncond": empty.repeat(count), "guidance_scale": 5.0}
-
     loss = partial(spo_loss, beta=10.0, ratio_clamp=0.1)
-
-    def adapter_on(x: Any, sigma: Any, image: Any, step: Any) -> Any:
-        return policy(x, sigma, **repeated(len(x)))
-
-    def adapter_off(x: Any, sigma: Any, image: Any, step: Any) -> Any:
-        with adapter.reference():
-            return adapter_on(x, sigma, image, step)
-
-    def ours(pairs: Pairs) -> Any:
-        return pair_loss(adapter_on, adapter_off, pairs, loss).loss.mean()
-
-    def log_density(denoiser: Callable[..., Any], pairs: Pairs, x: Any, x_next: Any) -> Any:
-        noise = ancestral_step(pairs.sigma, pairs.sigma_next, 1.0)
-        mean = transition_mean(x, denoiser(x, pairs.sigma, **repeated(len(pairs))), pairs.sigma, noise.down)
-        return transition_log_density(x_next, mean, noise.up)
-
-    def published(pairs: Pairs) -> Any:
-        ratios = []
-        for x, x_next in ((pairs.x_win, pairs.next_win), (pairs.x_lose, pairs.next_lose)):
-            with torch.no_grad():
-                reference = log_density(denoiser_of(copied), pairs, x, x_next)
-            ratios.append(log_density(policy, pairs, x, x_next) - reference)
-        return loss(*ratios).loss.mean()
-
-    loss_of = {"ours": ours, "published": published}[side]
+    reference = denoiser_of(copied) if copied is not None else policy
+    gradient = gradient_of_published if side == "published" else gradient_of_ours
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=6e-5)
     losses = []
     for rows in torch.arange(len(rolled.pairs)).split(options.pairs_per_update):
+        pairs = rolled.pairs.rows(rows)
+        repeated = {"cond": text.repeat(len(pairs)), "uncond": empty.repeat(len(pairs)), "guidance_scale": 5.0}
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(rolled.pairs.rows(rows))
-        loss.backward()
+        losses.append(gradient(policy, reference, adapter, pairs, repeated, loss))
         optimizer.step()
-        losses.append(float(loss))
     trained = clock()
     return {
         "rollout_s": sampled - start,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from spo.preference.latent_cnn import LatentCNN, save_latent_cnn
+from spo.preference.cnn_file import save_cnn
+from spo.preference.latent_cnn import LatentCNN
 from tests.tiny_checkpoints import write_tiny_sd15, write_tiny_sdxl
 
 
@@ -16,7 +17,7 @@ def write_tiny_files(folder: Path) -> Path:
     write_tiny_sdxl(folder / "tiny-xl.safetensors", res_blocks=2, channels=(32, 64), depths=(0, 1))
     (folder / "prompts.txt").write_text("a fox\na boat\na pear\n")
     torch.manual_seed(0)
-    save_latent_cnn(LatentCNN(16), folder / "taste.safetensors", {})
+    save_cnn(LatentCNN(16), folder / "taste.safetensors", {})
     return folder
 
 

@@ -26,7 +26,8 @@ from spo.demo.run import demo_config
 from spo.demo.subjects import load as load_classifier
 from spo.headless.compare import pictures
 from spo.headless.host import HeadlessHost, load_host
-from spo.preference.pixel_cnn import PixelCNN, save_pixel_cnn
+from spo.preference.cnn_file import save_cnn
+from spo.preference.pixel_cnn import PixelCNN
 from spo.prompts import read_prompts
 from spo.rng import generator, stable_seed
 
@@ -106,7 +107,7 @@ def main() -> None:
     measured = accuracy(network, sample(host, list(dict.fromkeys(held_out()[0])), 6, "held out"))
     print(f"accuracy on pairs of held-out prompts: {measured:.3f}")
     facts = {"name": "demo-judge", "rule": "colourfulness", "held_out_accuracy": f"{measured:.3f}"}
-    save_pixel_cnn(network, arguments.output, facts)
+    save_cnn(network, arguments.output, facts)
 
 
 if __name__ == "__main__":

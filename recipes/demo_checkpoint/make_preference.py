@@ -29,7 +29,8 @@ from spo.demo.judge import held_out
 from spo.demo.rule import colourfulness
 from spo.demo.run import demo_config
 from spo.headless.host import HeadlessHost, load_host
-from spo.preference.latent_cnn import LatentCNN, save_latent_cnn
+from spo.preference.cnn_file import save_cnn
+from spo.preference.latent_cnn import LatentCNN
 from spo.prompts import read_prompts
 from spo.rng import SeededDraws, generator, permutation, stable_seed
 
@@ -171,7 +172,7 @@ def main() -> None:
     table = {str(t): round(accuracy(network, host, test, t), 3) for t in MEASURED_TIMESTEPS}
     print("accuracy on held-out pairs by timestep:", table)
     facts = {"name": "demo", "architecture": "sd15", "rule": "colourfulness", "held_out_accuracy": json.dumps(table)}
-    save_latent_cnn(network, arguments.output, facts)
+    save_cnn(network, arguments.output, facts)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from spo.checkpoint.inspect import inspect_checkpoint
 from spo.cli.settings_flags import add_settings, given_values, require
 from spo.config import build_config
 from spo.errors import SpoError
-from spo.headless.evaluate import EvaluateRequest, evaluate, lora_files_of, rows_of
+from spo.evaluation.summary import rows_of
+from spo.headless.evaluate import EvaluateRequest, evaluate, lora_files_of
 from spo.prompts import read_prompts
 
 
@@ -44,10 +45,10 @@ def _run(options: argparse.Namespace) -> int:
     loras = [*map(Path, options.lora), *(path for run in options.runs for path in lora_files_of(Path(run)))]
     config = build_config(values, inspect_checkpoint(Path(values["checkpoint"])).architecture)
     unique = list(dict.fromkeys(read_prompts(config.prompt.prompts)))[: options.limit]
-    prompts, seeds = rows_of(unique, options.seeds, options.seeds_each)
+    rows = rows_of(unique, options.seeds, options.seeds_each)
     request = EvaluateRequest(
-        prompts=prompts,
-        seeds=seeds,
+        prompts=[prompt for prompt, _ in rows],
+        seeds=[seed for _, seed in rows],
         loras=list(dict.fromkeys(loras)),
         weights=options.weights,
         judges=options.judges,

@@ -75,11 +75,16 @@ def together(parts: Sequence[Measured]) -> Measured:
 
 
 def statistics(
-    columns: Mapping[str, Measured], prompts: Sequence[str], judges: Sequence[Judge], features: Features
+    columns: Mapping[str, Measured],
+    prompts: Sequence[str],
+    judges: Sequence[Judge],
+    features: Features,
+    drifts: Mapping[str, Tensor],
 ) -> list[Statistic]:
     """The table's rows. The first of `columns` is the base; row i of all of them has the same prompt and seed.
 
     prompts  of the N pictures; equal ones are drawn together by the bootstrap
+    drifts   column, without the base -> [N], see `drifts_of`
     """
     base, *others = columns
     rows: list[Statistic] = []
@@ -95,9 +100,6 @@ def statistics(
     if len(set(prompts)) < len(prompts):
         varied = {label: diversity(column.features, prompts, features.distance) for label, column in columns.items()}
         rows.append(Statistic("diversity", features.name, _values(varied, list(dict.fromkeys(prompts)))))
-    drifts = {
-        label: drift(columns[base].features, columns[label].features, features.distance).float() for label in others
-    }
     values = {label: Value(bootstrap_interval(of, prompts), None) for label, of in drifts.items()}
     rows.append(Statistic("drift", features.name, values))
     for name in COLOURS:
@@ -105,6 +107,13 @@ def statistics(
             Statistic(name, "", _values({label: column.colours[name] for label, column in columns.items()}, prompts))
         )
     return rows
+
+
+def drifts_of(columns: Mapping[str, Measured], features: Features) -> dict[str, Tensor]:
+    """Column, without the base -> [N] float32, each picture's distance from the base's."""
+    base, *others = columns.values()
+    far = [drift(base.features, other.features, features.distance).float() for other in others]
+    return dict(zip(list(columns)[1:], far, strict=True))
 
 
 def _values(of: Mapping[str, Tensor], prompts: Sequence[str]) -> dict[str, Value]:

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 
 from spo.evaluation.features import Features
 from spo.evaluation.judges import Judge
-from spo.evaluation.measures import drift
 from spo.evaluation.provenance import CHOSE, FOLLOWED, UNKNOWN, UNSEEN, Training, role
-from spo.evaluation.statistics import Measured, Statistic, statistics
+from spo.evaluation.statistics import Measured, Statistic, drifts_of, statistics
 
 FEW_PROMPTS = 10
 FIRST_SEED = 1000  # of evaluated pictures, where seeds are not given
+
+
+def rows_of(prompts: Sequence[str], seeds: Sequence[int], each: int = 0) -> list[tuple[str, int]]:
+    """(prompt, seed) of the rows: each prompt with each of `seeds`, or without these with `each` seeds of its own."""
+    own = [[FIRST_SEED + row * each + n for n in range(each)] for row in range(len(prompts))]
+    return [(prompt, seed) for row, prompt in enumerate(prompts) for seed in seeds or own[row]]
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,8 @@ def summarize(
     facts      of the checkpoint and how pictures were drawn, in words; those on prompts and judges are added
     trainings  of the LoRAs
     """
-    base, *others = columns
     measured = {label: column.measured for label, column in columns.items()}
+    drifts = drifts_of(measured, features)
     roles = {judge.name: role(judge.name, trainings) for judge in judges}
     own = {
         "Prompts": f"{len(set(prompts))}, {len(prompts)} pictures in each column",
@@ -85,7 +90,7 @@ def summarize(
         facts={**facts, **own},
         remarks=remarks(roles, prompts, trainings),
         columns=list(columns),
-        statistics=statistics(measured, prompts, judges, features),
+        statistics=statistics(measured, prompts, judges, features, drifts),
         judges=[
             JudgeColumn(
                 judge.name, roles[judge.name], {label: of.scores[judge.name].tolist() for label, of in measured.items()}
@@ -95,10 +100,7 @@ def summarize(
         prompts=prompts,
         seeds=seeds,
         pictures={label: column.pictures for label, column in columns.items()},
-        drifts={
-            label: drift(measured[base].features, measured[label].features, features.distance).tolist()
-            for label in others
-        },
+        drifts={label: far.tolist() for label, far in drifts.items()},
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from spo.algorithm.preference import Candidates, PreferenceModel
 from spo.algorithm.rollout import Rollout, RolloutSettings
 from spo.config import Config
 from spo.errors import SpoError
+from spo.evaluation.summary import rows_of
 from spo.headless.host import load_host
 from spo.images import to_picture
 from spo.lora.adapter import Adapter
@@ -93,13 +93,10 @@ def compare_loras(
     output = Path(config.run.output)
     if output.suffix.lower() != ".png":
         raise SpoError(f'output is "{output}"; compare writes a .png.')
-    if output.exists() and not config.run.replace:
-        raise SpoError(f'"{output}" exists already; choose another name, or --replace.')
-    if not output.absolute().parent.is_dir():
-        raise SpoError(f'the folder "{output.parent}" does not exist; make it or choose another one.')
+    check_writable(output, config.run.replace)
     for path in loras:
         read_lora(path)
-    rows = list(itertools.product(prompts, seeds))
+    rows = rows_of(prompts, seeds)
     row_prompts, row_seeds = [prompt for prompt, _ in rows], [seed for _, seed in rows]
     host = load_host(config)
     preference = loaded_scorer(lambda: load_preference(config, host.device, host.architecture), warnings.warn)
@@ -114,6 +111,14 @@ def compare_loras(
         adapter.remove()
     save_grid(columns, [f"{prompt}\nseed {seed}" for prompt, seed in rows], output)
     return score_table({label: column.scores.tolist() for label, column in columns.items()}, preference.name)
+
+
+def check_writable(output: Path, replace: bool) -> None:
+    """SpoError when something is there that may not be replaced, or there is no folder to write it in."""
+    if output.exists() and not replace:
+        raise SpoError(f'"{output}" exists already; choose another name, or --replace.')
+    if not output.absolute().parent.is_dir():
+        raise SpoError(f'the folder "{output.parent}" does not exist; make it or choose another one.')
 
 
 def save_grid(columns: dict[str, Samples], row_labels: Sequence[str], output: Path) -> None:

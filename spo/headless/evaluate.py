@@ -15,9 +15,9 @@ from spo.evaluation.judges import Judge, load_judge
 from spo.evaluation.page import page, pictures_csv, statistics_csv, statistics_rows, webp
 from spo.evaluation.provenance import training_of
 from spo.evaluation.statistics import Measured, measure, together
-from spo.evaluation.summary import FIRST_SEED, Column, Evaluation, summarize
+from spo.evaluation.summary import Column, Evaluation, summarize
 from spo.files import write_text
-from spo.headless.compare import LESS_MEMORY, adapter_from_file, plain_rollout
+from spo.headless.compare import LESS_MEMORY, adapter_from_file, check_writable, plain_rollout
 from spo.headless.host import load_host
 from spo.report.tables import table
 from spo.runs.layout import FOLDER_SUFFIX, RunFiles
@@ -45,15 +45,6 @@ class EvaluateRequest:
     distance: str = "auto"
     largest_px: int = 512
     batch: int = 16
-
-
-def rows_of(prompts: Sequence[str], seeds: Sequence[int], each: int) -> tuple[list[str], list[int]]:
-    """(prompts, seeds) of the rows: each prompt with each of `seeds`, or without these with `each` seeds of its own."""
-    if seeds:
-        rows = [(prompt, seed) for prompt in prompts for seed in seeds]
-    else:
-        rows = [(prompt, FIRST_SEED + row * each + n) for row, prompt in enumerate(prompts) for n in range(each)]
-    return [prompt for prompt, _ in rows], [seed for _, seed in rows]
 
 
 def lora_files_of(folder: Path) -> list[Path]:
@@ -104,11 +95,8 @@ def evaluate(config: Config, request: EvaluateRequest) -> str:
 def _check_output(output: Path, replace: bool) -> None:
     if output.suffix and output.suffix.lower() != ".html":
         raise SpoError(f'output is "{output}"; evaluate writes NAME.html, or a folder without an ending.')
-    if not output.absolute().parent.is_dir():
-        raise SpoError(f'the folder "{output.parent}" does not exist; make it or choose another one.')
     for path in [output] if not output.suffix else _files(output):
-        if path.exists() and not replace:
-            raise SpoError(f'"{path}" exists already; choose another name, or --replace.')
+        check_writable(path, replace)
         if path.exists() and path.is_dir() != (not output.suffix):
             raise SpoError(f'"{path}" is {"a folder" if path.is_dir() else "a file"}; choose another name.')
     if output.is_dir() and any(output.iterdir()) and not (output / FOLDER_FILES[0]).is_file():

@@ -7,19 +7,12 @@ pairs that a rule labelled: the rule in spo/demo/rule.py, which itself is never 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from spo.algorithm.preference import Candidates
-from spo.checkpoint.tensor_file import TensorFile, read_tensors
-from spo.errors import SpoError
-from spo.files import write_whole
-from spo.preference.placement import Placement
-
-KIND = "latent_cnn"  # in the metadata of its files
 
 
 class LatentCNN(nn.Module):
@@ -29,6 +22,7 @@ class LatentCNN(nn.Module):
     Means and deviations of two layers of features, the first of them linear, and the timestep go into a small head.
     """
 
+    KIND = "latent_cnn"  # in the metadata of its files
     needs_pixels = False
     needs_denoised = True
 
@@ -57,28 +51,3 @@ class LatentCNN(nn.Module):
         flat = denoised.flatten(0, 1).float()
         timesteps = torch.full((len(flat),), candidates.timestep, device=flat.device)
         return self(flat, timesteps).unflatten(0, denoised.shape[:2])
-
-
-def is_latent_cnn(file: TensorFile) -> bool:
-    """Whether `save_latent_cnn` wrote the file."""
-    return file.metadata.get("spo_preference") == KIND
-
-
-def save_latent_cnn(network: LatentCNN, path: Path, facts: Mapping[str, str]) -> None:
-    """Write the network (float16) with `facts` as metadata, whole or not at all."""
-    from safetensors.torch import save_file
-
-    tensors = {name: value.half().contiguous() for name, value in network.state_dict().items()}
-    metadata = {"spo_preference": KIND, "width": str(network.width), **facts}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
-
-
-def read_latent_cnn(file: TensorFile, name: str, place: Placement) -> LatentCNN:
-    """The frozen network in a file that `save_latent_cnn` wrote, in float32. SpoError when it is damaged."""
-    try:
-        network = LatentCNN(int(file.metadata["width"]), name)
-        network.load_state_dict({key: value.float() for key, value in read_tensors(file, file.tensors).items()})
-    except (KeyError, ValueError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
-        raise SpoError(f'"{file.path.name}" is a damaged latent CNN ({first}); fetch or fit it again.') from error
-    return network.to(place.device).eval().requires_grad_(False)

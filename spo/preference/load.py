@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,12 +22,15 @@ from spo.checkpoint.tensor_file import TensorFile
 from spo.config import Config
 from spo.errors import SpoError
 from spo.files import size_text
-from spo.preference import latent_cnn, pixel_cnn, subject_score
+from spo.preference import subject_score
 from spo.preference.clip import scores
 from spo.preference.clip.step_aware import StepAwareCLIP, is_step_aware_clip, read_step_aware_clip
+from spo.preference.cnn_file import is_cnn, read_cnn
+from spo.preference.latent_cnn import LatentCNN
 from spo.preference.mix import SUFFIXES, MixedScore, is_mix, mix_name, read_mix
 from spo.preference.official import OFFICIAL_FILES, official_architecture, where_official
 from spo.preference.pickles import in_half, open_model_file, reads_pickles_safely
+from spo.preference.pixel_cnn import PixelCNN
 from spo.preference.placement import Placement, placement
 from spo.preference.small_decode import SmallDecode
 from spo.preference.taste import head
@@ -69,23 +73,22 @@ class Kind:
 
 
 KINDS = (  # the first that recognises a file is its kind
-    Kind("latent CNN", latent_cnn.is_latent_cnn, latent_cnn.read_latent_cnn, latent_cnn.LatentCNN, True),
+    Kind("latent CNN", partial(is_cnn, LatentCNN), partial(read_cnn, LatentCNN), LatentCNN, True),
     Kind("taste head", head.is_taste, head.read_taste, head.TasteHead, True),
     Kind("step-aware CLIP", is_step_aware_clip, read_step_aware_clip, StepAwareCLIP, True),
     Kind("CLIP score", scores.is_plain_clip, scores.read_clip_score, scores.ClipScore, False),
     Kind("aesthetic score", scores.is_aesthetic_head, scores.read_aesthetic_score, scores.AestheticScore, False),
-    Kind("pixel CNN", pixel_cnn.is_pixel_cnn, pixel_cnn.read_pixel_cnn, pixel_cnn.PixelCNN, False),
+    Kind("pixel CNN", partial(is_cnn, PixelCNN), partial(read_cnn, PixelCNN), PixelCNN, False),
     Kind("subject score", subject_score.is_subject_classifier, subject_score.read_subject_score,
          subject_score.SubjectScore, False),
 )  # fmt: skip
 MIX = "mix"  # of some of these; its file holds no tensors
 
 FILE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-BUNDLED = "demo"  # what the demo trains on, by the name that stands for the file below
+BUNDLED = "demo"  # what the demo trains on, by the name that stands for its file
 _DEMO = Path(__file__).parents[1] / "demo"
-BUNDLED_FILE = _DEMO / "preference.safetensors"
 BUNDLED_FILES = {  # for the demo checkpoint's pictures alone; the judges are not for training
-    BUNDLED: BUNDLED_FILE,
+    BUNDLED: _DEMO / "preference.safetensors",
     "demo-judge": _DEMO / "judge.safetensors",
     "demo-adherence": _DEMO / "subject_classifier.safetensors",
 }

@@ -7,19 +7,12 @@ one need not fool the other. It is for judging finished pictures; nothing of our
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from spo.algorithm.preference import Candidates
-from spo.checkpoint.tensor_file import TensorFile, read_tensors
-from spo.errors import SpoError
-from spo.files import write_whole
-from spo.preference.placement import Placement
-
-KIND = "pixel_cnn"  # in the metadata of its files
 
 
 class PixelCNN(nn.Module):
@@ -28,6 +21,7 @@ class PixelCNN(nn.Module):
     Means and deviations of three layers of features, the first of them linear, go into a small head.
     """
 
+    KIND = "pixel_cnn"  # in the metadata of its files
     needs_pixels = True
     needs_denoised = True
 
@@ -52,28 +46,3 @@ class PixelCNN(nn.Module):
         pixels = candidates.pixels()
         flat = pixels.flatten(0, 1).to(self.enter.weight.device).float().clamp(-1, 1)
         return self(flat).unflatten(0, pixels.shape[:2]).to(candidates.x.device)
-
-
-def is_pixel_cnn(file: TensorFile) -> bool:
-    """Whether `save_pixel_cnn` wrote the file."""
-    return file.metadata.get("spo_preference") == KIND
-
-
-def save_pixel_cnn(network: PixelCNN, path: Path, facts: Mapping[str, str]) -> None:
-    """Write the network (float16) with `facts` as metadata, whole or not at all."""
-    from safetensors.torch import save_file
-
-    tensors = {name: value.half().contiguous() for name, value in network.state_dict().items()}
-    metadata = {"spo_preference": KIND, "width": str(network.width), **facts}
-    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
-
-
-def read_pixel_cnn(file: TensorFile, name: str, place: Placement) -> PixelCNN:
-    """The frozen network in a file that `save_pixel_cnn` wrote, in float32. SpoError when it is damaged."""
-    try:
-        network = PixelCNN(int(file.metadata["width"]), name)
-        network.load_state_dict({key: value.float() for key, value in read_tensors(file, file.tensors).items()})
-    except (KeyError, ValueError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
-        raise SpoError(f'"{file.path.name}" is a damaged pixel CNN ({first}); fetch or fit it again.') from error
-    return network.to(place.device).eval().requires_grad_(False)

@@ -87,10 +87,15 @@ def is_subject_classifier(file: TensorFile) -> bool:
     return "classes" in file.metadata and "classify.weight" in file.tensors
 
 
+def subjects_in(file: TensorFile) -> list[str]:
+    """The subjects that a classifier knows, from its file's header."""
+    return json.loads(file.metadata["classes"])
+
+
 def read_subject_score(file: TensorFile, name: str, place: Placement) -> SubjectScore:
     """The frozen classifier of a file, in float32. SpoError when it is damaged."""
     try:
-        classes = json.loads(file.metadata["classes"])
+        classes = subjects_in(file)
         network = SubjectNetwork(len(classes))
         tensors = {key: value.float() for key, value in read_tensors(file, file.tensors).items()}
         network.load_state_dict(tensors, strict=False)  # the file leaves out BatchNorm's batch counters

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from spo.checkpoint.tensor_file import open_tensor_file
 from spo.config import Config
 from spo.errors import SpoError
 from spo.evaluation.judges import Judge, load_judge
@@ -24,6 +25,7 @@ from spo.preference.load import (
 )
 from spo.preference.mix import is_mix, read_mix
 from spo.preference.pickles import TWIN_SUFFIX
+from spo.preference.subject_score import subjects_in
 from spo.training.host import Host
 from spo.training.validation import Judges, prompts_of_checks
 
@@ -48,7 +50,7 @@ def with_judges(config: Config, architecture: str, prompts: Sequence[str]) -> Co
     preference = config.preference.preference
     if preference == BUNDLED and Path(config.model.checkpoint).stem in DEMO_CHECKPOINTS:
         names = {role: DEMO[role] if name == AUTO else name for role, name in names.items()}
-        subjects = load_judge(DEMO["adherence"], "cpu", architecture).model.classes  # type: ignore[attr-defined]
+        subjects = subjects_in(open_tensor_file(BUNDLED_FILES[DEMO["adherence"]]))
         if wanted.adherence == AUTO and not set(prompts_of_checks(config, prompts)) <= set(subjects):
             names["adherence"] = NONE
     if AUTO in names.values():

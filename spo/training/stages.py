@@ -22,6 +22,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -55,12 +56,14 @@ class Check:
     clamped: float = math.nan
 
 
+@lru_cache(maxsize=4096)  # the rows of all checks are made anew after each
 def gain(check: Check, other: Check, name: str) -> Interval | None:
     """By how much `name`, a field of Check, is above another check's, over prompts; None where it was not measured."""
     now, before = getattr(check, name), getattr(other, name)
     return bootstrap_interval([a - b for a, b in zip(now, before, strict=True)]) if now and before else None
 
 
+@lru_cache(maxsize=4096)
 def loss(check: Check, base: Check, name: str) -> Interval | None:
     """The share of the base's "adherence" (above that for other prompts) or "diversity" that is lost; below 0: gained.
 

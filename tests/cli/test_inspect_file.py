@@ -12,7 +12,7 @@ from spo.cli.inspect_file import describe_file
 from spo.errors import SpoError
 from spo.lora.metadata import lora_metadata
 from spo.lora.write import write_lora
-from spo.preference.load import BUNDLED_FILE
+from spo.preference.load import BUNDLED, BUNDLED_FILES
 from tests.loras import FACTS, two_layers
 from tests.tiny_checkpoints import tiny_sd15, write_diffusers_folder, write_tiny_sd15, write_vae
 
@@ -20,7 +20,7 @@ from tests.tiny_checkpoints import tiny_sd15, write_diffusers_folder, write_tiny
 def test_what_spo_works_with(tmp_path: Path) -> None:
     write_lora(tmp_path / "a.safetensors", two_layers(), lora_metadata("a", FACTS))
     assert "LoRA for Stable Diffusion 1.5" in describe_file(tmp_path / "a.safetensors")
-    assert "latent CNN" in describe_file(BUNDLED_FILE)
+    assert "latent CNN" in describe_file(BUNDLED_FILES[BUNDLED])
     for path in (write_tiny_sd15(tmp_path / "b.safetensors"), write_diffusers_folder(tmp_path / "folder", tiny_sd15())):
         assert "architecture  Stable Diffusion 1.5 (sd15)" in describe_file(path)
 

@@ -9,7 +9,7 @@ import pytest
 
 from spo.errors import SpoError
 from spo.evaluation.provenance import CHOSE, FOLLOWED, UNKNOWN, UNSEEN, Training, role, training_of
-from spo.preference.load import BUNDLED_FILE
+from spo.preference.load import BUNDLED, BUNDLED_FILES
 from tests.loras import SD15_QUERY, kohya, layer, save
 
 NONE = frozenset()
@@ -17,7 +17,7 @@ NONE = frozenset()
 
 def test_roles_by_content_and_by_name(tmp_path):
     copy = tmp_path / "renamed.safetensors"
-    shutil.copy(BUNDLED_FILE, copy)
+    shutil.copy(BUNDLED_FILES[BUNDLED], copy)
     demo = Training("demo", NONE)
     assert role("demo", [demo]) == FOLLOWED
     assert role(str(copy), [demo]) == FOLLOWED, "the same weights"

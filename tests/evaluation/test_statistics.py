@@ -9,13 +9,17 @@ from spo.evaluation.features import pixel_features
 from spo.evaluation.interval import bootstrap_interval
 from spo.evaluation.judges import Judge
 from spo.evaluation.measures import colourfulness
-from spo.evaluation.statistics import Measured, measure, statistics, together
+from spo.evaluation.statistics import Measured, drifts_of, measure, statistics, together
 from spo.report.win_rate import wilson_interval
 from tests.tiny_host import MeanOfChannel
 
 PROMPTS = ["a", "a", "b", "b", "c", "c"]
 JUDGE = Judge("mean", MeanOfChannel(scale=1.0))
 WORD = Judge("word", MeanOfChannel(scale=2.0), "log-probability", prefers=False)
+
+
+def table_of(columns, prompts, judges):
+    return statistics(columns, prompts, judges, pixel_features(), drifts_of(columns, pixel_features()))
 
 
 def column(seed, shift=0.0):
@@ -31,7 +35,7 @@ def measured(pixels, latents, rows=slice(None)):
 def test_every_row_of_the_table():
     base, lora = column(0), column(1, shift=0.3)
     columns = {"base": measured(*base), "lora": measured(*lora)}
-    rows = {(row.name, row.by): row for row in statistics(columns, PROMPTS, [JUDGE, WORD], pixel_features())}
+    rows = {(row.name, row.by): row for row in table_of(columns, PROMPTS, [JUDGE, WORD])}
     by = pixel_features().name
     assert list(rows) == [
         ("wins", "mean"), ("score", "mean"), ("adherence", "word"), ("diversity", by), ("drift", by),
@@ -64,13 +68,13 @@ def test_portions_are_the_whole():
 def test_where_every_picture_wins_wilsons_interval_over_prompts_stands_in():
     pixels, latents = column(0)
     columns = {"base": measured(pixels, latents), "lora": measured(pixels, latents + 1)}
-    wins = statistics(columns, PROMPTS, [JUDGE], pixel_features())[0].values["lora"].of
+    wins = table_of(columns, PROMPTS, [JUDGE])[0].values["lora"].of
     assert (wins.mean, wins.low, wins.high) == (1.0, *wilson_interval(1.0, 3))
 
 
 def test_ties_count_half_and_one_seed_has_no_diversity():
     base = Measured({name: torch.zeros(3) for name in ("colourfulness", "saturation", "contrast")},
                     {"mean": torch.zeros(3)}, torch.zeros(3, 5))  # fmt: skip
-    rows = statistics({"base": base, "same": base}, ["a", "b", "c"], [JUDGE], pixel_features())
+    rows = table_of({"base": base, "same": base}, ["a", "b", "c"], [JUDGE])
     assert rows[0].values["same"].of.mean == 0.5
     assert "diversity" not in [row.name for row in rows]

@@ -8,16 +8,15 @@ import torch
 from spo.errors import SpoError
 from spo.evaluation.features import pixel_features
 from spo.evaluation.judges import Judge
-from spo.evaluation.summary import FIRST_SEED
-from spo.headless.evaluate import EvaluateRequest, _column, lora_files_of, rows_of
+from spo.evaluation.summary import FIRST_SEED, rows_of
+from spo.headless.evaluate import EvaluateRequest, _column, lora_files_of
 from tests.headless.test_compare import PROMPTS, Tripping, TrippingTaste
 
 
 def test_rows_have_each_prompt_with_the_same_seeds_or_with_its_own():
-    assert rows_of(["a", "b"], [7, 8], 4) == (["a", "a", "b", "b"], [7, 8, 7, 8])
-    prompts, seeds = rows_of(["a", "b"], [], 3)
-    assert prompts == ["a"] * 3 + ["b"] * 3
-    assert seeds == [FIRST_SEED + number for number in range(6)]
+    assert rows_of(["a", "b"], [7, 8], 4) == [("a", 7), ("a", 8), ("b", 7), ("b", 8)]
+    own = rows_of(["a", "b"], [], 3)
+    assert own == [(prompt, FIRST_SEED + number) for number, prompt in enumerate("aaabbb")]
 
 
 def test_a_run_has_its_stages_and_its_lora(tmp_path):

@@ -12,7 +12,8 @@ from benchmarks.memory_table import CARDS, PAGE, counted, row_of, rows_of, stora
 from spo.cli.main import main
 from spo.config import PRESETS, build_config
 from spo.headless.memory_plan import PHASES, RESERVE_GIB, MemoryPlan, count_memory
-from spo.preference.latent_cnn import LatentCNN, save_latent_cnn
+from spo.preference.cnn_file import save_cnn
+from spo.preference.latent_cnn import LatentCNN
 from spo.presets import NAMED
 from tests.tiny_checkpoints import write_tiny_sd15, write_tiny_sdxl
 
@@ -23,7 +24,7 @@ def files(tmp_path_factory):
     write_tiny_sd15(folder / "sd15.safetensors")
     write_tiny_sdxl(folder / "sdxl.safetensors")
     torch.manual_seed(0)
-    save_latent_cnn(LatentCNN(16), folder / "taste.safetensors", {})
+    save_cnn(LatentCNN(16), folder / "taste.safetensors", {})
     (folder / "prompts.txt").write_text("a fox\na boat\n")
     return folder
 

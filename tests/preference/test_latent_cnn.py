@@ -8,14 +8,15 @@ from safetensors.torch import save_file
 
 from spo.algorithm.preference import Candidates
 from spo.errors import SpoError
-from spo.preference.latent_cnn import LatentCNN, save_latent_cnn
+from spo.preference.cnn_file import save_cnn
+from spo.preference.latent_cnn import LatentCNN
 from spo.preference.load import load
 
 
 def test_a_file_is_known_by_its_metadata(tmp_path):
     torch.manual_seed(0)
     network = LatentCNN(width=16)
-    save_latent_cnn(network, tmp_path / "taste.safetensors", {})
+    save_cnn(network, tmp_path / "taste.safetensors", {})
     model = load(tmp_path / "taste.safetensors")
     assert isinstance(model, LatentCNN) and not model.needs_pixels
 

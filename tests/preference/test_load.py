@@ -10,9 +10,11 @@ from spo.algorithm.preference import Candidates
 from spo.checkpoint.tensor_file import read_tensors
 from spo.cli.inspect_file import describe_file
 from spo.errors import SpoError
-from spo.preference.latent_cnn import LatentCNN, save_latent_cnn
+from spo.preference.cnn_file import save_cnn
+from spo.preference.latent_cnn import LatentCNN
 from spo.preference.load import (
-    BUNDLED_FILE,
+    BUNDLED,
+    BUNDLED_FILES,
     KINDS,
     Kind,
     describe_preference,
@@ -32,7 +34,7 @@ def folder(tmp_path_factory):
     save_folder(transformers_clip(), place / "PickScore_v1")
     torch.save({TIME: torch.ones(1)}, place / "sd-v1-5_step-aware_preference_model.bin")
     save_file({TIME: torch.ones(1)}, place / "mine.safetensors", {"architecture": "sdxl"})
-    save_latent_cnn(LatentCNN(width=16), place / "taste.safetensors", {"architecture": "sd15"})
+    save_cnn(LatentCNN(width=16), place / "taste.safetensors", {"architecture": "sd15"})
     torch.save(head_of("linear", 20).state_dict(), place / "sa_0_4_vit_l_14_linear.pth")
     (place / "mix.json").write_text('{"models": [{"file": "taste.safetensors", "weight": 1}]}')
     (place / "notes.txt").write_text("none of this")
@@ -61,7 +63,7 @@ def test_a_folder(folder):
 
 
 def test_one_file_and_the_demo(folder):
-    (info,) = list_preference_models(BUNDLED_FILE).models
+    (info,) = list_preference_models(BUNDLED_FILES[BUNDLED]).models
     assert info.text() == "preference (latent CNN, 45 kB, sees denoised latents, knows the timestep, for sd15)"
     assert list_preference_models(folder / "PickScore_v1").models[0].kind == "CLIP score"
 

@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from spo.algorithm.preference import Candidates
 from spo.errors import SpoError
+from spo.preference.cnn_file import save_cnn
 from spo.preference.load import BUNDLED_FILES, load
-from spo.preference.pixel_cnn import PixelCNN, save_pixel_cnn
+from spo.preference.pixel_cnn import PixelCNN
 
 
 def pool_of(pictures):
@@ -20,7 +21,7 @@ def pool_of(pictures):
 def test_a_file_is_known_by_its_metadata_and_scores_as_the_network_did(tmp_path):
     torch.manual_seed(0)
     network = PixelCNN(width=8)
-    save_pixel_cnn(network, tmp_path / "taste.safetensors", {})
+    save_cnn(network, tmp_path / "taste.safetensors", {})
     model = load(tmp_path / "taste.safetensors", finished=True)
     assert isinstance(model, PixelCNN) and model.name == "taste"
     pictures = torch.rand(2, 3, 3, 64, 64) * 2 - 1

@@ -22,7 +22,7 @@ from spo.evaluation.judges import Judge, as_judge
 from spo.evaluation.page import page, statistics_csv, statistics_rows, webp
 from spo.evaluation.provenance import Training, training_of
 from spo.evaluation.statistics import Measured, measure, together
-from spo.evaluation.summary import FIRST_SEED, Column, summarize
+from spo.evaluation.summary import Column, rows_of, summarize
 from spo.files import write_text
 from spo.lora.read import check_matches, read_lora
 from spo.preference.load import BUNDLED, check_made_for, load
@@ -50,7 +50,7 @@ class CompareRequest:
     loras       names in the LoRA folder, saved stages too: "vivid", "mine/vivid-step000100"
     preference  a name of `folders.picture_judge_choices`, whose scores stand under the pictures; "": none
     judges      further ones, for the table of statistics and the page
-    seeds_each  above 0: so many seeds for each prompt, its own ones from `FIRST_SEED` on, instead of `seeds`
+    seeds_each  above 0: so many seeds for each prompt, its own ones (`rows_of`), instead of `seeds`
     width, height  in pixels; 0: the architecture's own
     """
 
@@ -177,9 +177,7 @@ def _rows(prompts: Sequence[str], request: CompareRequest) -> list[tuple[str, in
     each = request.seeds_each
     if not 0 <= each <= MAX_PICTURES:
         raise SpoError(f"seeds_each is {each}; give 1 to {MAX_PICTURES}, or 0 for the seeds in the list.")
-    if each:
-        return [(prompt, FIRST_SEED + row * each + n) for row, prompt in enumerate(prompts) for n in range(each)]
-    return [(prompt, seed) for prompt in prompts for seed in _seeds(request.seeds)]
+    return rows_of(prompts, [] if each else _seeds(request.seeds), each)
 
 
 def _names(request: CompareRequest) -> list[str]:

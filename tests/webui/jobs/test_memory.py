@@ -10,7 +10,8 @@ import torch
 
 from spo.cli.main import main
 from spo.config import build_config
-from spo.preference.latent_cnn import LatentCNN, save_latent_cnn
+from spo.preference.cnn_file import save_cnn
+from spo.preference.latent_cnn import LatentCNN
 from spo.webui.jobs import memory
 from tests.tiny_checkpoints import write_tiny_sd15
 
@@ -76,7 +77,7 @@ def test_what_cannot_be_counted_is_said(monkeypatch):
 def test_the_command_line_understands_the_question(monkeypatch, tmp_path, capsys):
     write_tiny_sd15(tmp_path / "tiny.safetensors")
     torch.manual_seed(0)
-    save_latent_cnn(LatentCNN(16), tmp_path / "taste.safetensors", {})
+    save_cnn(LatentCNN(16), tmp_path / "taste.safetensors", {})
     paths = {"checkpoint": str(tmp_path / "tiny.safetensors"), "preference": str(tmp_path / "taste.safetensors")}
 
     def run(command, **kwargs):
