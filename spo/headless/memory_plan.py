@@ -36,9 +36,10 @@ from spo.progress import Watcher
 from spo.training.gradient import accumulate_gradient, configured_loss
 from spo.training.host import ladder_of, rollout_settings
 from spo.training.imaginary_card import imaginary_card
-from spo.training.loop import PendingPairs, optimizer_step, portions_of, roll_out
+from spo.training.loop import optimizer_step, portions_of, roll_out
 from spo.training.memory_ruler import Ruler
 from spo.training.optimizer import make_optimizer, make_scaler
+from spo.training.pending import PendingPairs
 from spo.training.repeats import counted_once
 
 PHASES = ("load", "encode", "rollout", "decode", "score", "train")

@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ from spo.progress import Progress, StopRequested, Watcher
 from spo.report.grids import grid
 from spo.rng import permutation, stable_seed
 from spo.runs.layout import RunFiles
-from spo.runs.metrics import TIMESTEP_PREFIX, MetricsFile, write_rows
-from spo.runs.state import PlainState, Stateful, load_state, save_state
+from spo.runs.metrics import MetricsFile, write_rows
+from spo.runs.state import Stateful, load_state, save_state
 from spo.training.average import AverageWeights
 from spo.training.finished_pairs import finished_pairs, noised, prompts_of_pairs
 from spo.training.gradient import accumulate_gradient, configured_loss
@@ -60,6 +60,7 @@ from spo.training.memory import (
     retry_with_less,
 )
 from spo.training.optimizer import compiled, fast_cuda_math, make_optimizer, make_scaler, repeatable_first_step
+from spo.training.pending import PendingPairs
 from spo.training.resume import check_same_run, run_facts
 from spo.training.schedule import (
     FRUITLESS_ROLLOUTS,
@@ -73,6 +74,7 @@ from spo.training.schedule import (
     seconds_left,
 )
 from spo.training.stages import Stages
+from spo.training.statistics import BatchStatistics, pool_statistics
 from spo.training.validation import Judges, measure, prompts_of_checks
 
 KIND = "LoRA"  # of run, in its state file
@@ -98,88 +100,6 @@ class TrainingReport:
     files: RunFiles
     seconds: float
     verdict: str = ""
-
-
-@dataclass
-class PendingPairs:
-    """Pairs that were sampled and not yet trained on, in the order of their use.
-
-    pairs    None: none; prompts: those that `pairs.image` points into; of: how many there were after the last rollout
-    """
-
-    pairs: Pairs | None = None
-    prompts: list[str] = field(default_factory=list)
-    of: int = 0
-
-    def __len__(self) -> int:
-        return 0 if self.pairs is None else len(self.pairs)
-
-    @property
-    def share_done(self) -> float:
-        """0 ... 1 of those after the last rollout."""
-        return (self.of - len(self)) / self.of if len(self) else 0.0
-
-    def add(self, pairs: Pairs, prompts: Sequence[str]) -> None:
-        """New ones go behind those that are left."""
-        if self.pairs is None:
-            self.pairs, self.prompts = pairs, list(prompts)
-        else:
-            images = self.pairs.image.tolist()
-            rows = list(dict.fromkeys(images))  # prompts that nothing is left of are forgotten
-            image = self.pairs.image.new_tensor([rows.index(one) for one in images])
-            left = dataclasses.replace(self.pairs, image=image)
-            self.pairs = Pairs.cat([left, dataclasses.replace(pairs, image=pairs.image + len(rows))])
-            self.prompts = [*(self.prompts[row] for row in rows), *prompts]
-        self.of = len(self.pairs)
-
-    def first(self, count: int) -> Pairs:
-        """The next `count`, or all."""
-        assert self.pairs is not None
-        return self.pairs.rows(torch.arange(min(count, len(self.pairs)), device=self.pairs.sigma.device))
-
-    def drop(self, count: int) -> None:
-        """Take the next `count` away: they were trained on."""
-        assert self.pairs is not None
-        rest = torch.arange(count, len(self.pairs), device=self.pairs.sigma.device)
-        self.pairs = self.pairs.rows(rest) if len(rest) else None
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `runs.state.Stateful`."""
-        tensors = None if self.pairs is None else self.pairs.tensors()
-        return {"pairs": tensors, "prompts": self.prompts, "of": self.of}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `runs.state.Stateful`; on the CPU until `to`."""
-        self.pairs = None if state["pairs"] is None else Pairs(**state["pairs"])
-        self.prompts, self.of = list(state["prompts"]), state["of"]
-
-    def to(self, device: torch.device) -> None:
-        """Move the pairs."""
-        self.pairs = None if self.pairs is None else self.pairs.to(device)
-
-
-@dataclass
-class BatchStatistics(PlainState):
-    """Sums over one rollout and the training after it: what a row of metrics is made of."""
-
-    rollout: dict[str, float] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    ratio_win: list[float] = field(default_factory=list)
-    ratio_lose: list[float] = field(default_factory=list)
-    clamped: list[float] = field(default_factory=list)
-    gradient_norms: list[float] = field(default_factory=list)
-    train_seconds: float = 0.0
-    rollout_seconds: float = 0.0
-    pairs: int = 0
-    images: int = 0
-
-    def add_results(self, results: Sequence[PairLoss]) -> None:
-        """Of one update."""
-        for result in results:
-            self.losses += result.loss.tolist()
-            self.ratio_win += result.ratio_win.tolist()
-            self.ratio_lose += result.ratio_lose.tolist()
-            self.clamped += result.clamped.float().tolist()
 
 
 def train(
@@ -305,7 +225,7 @@ def train(
 
         def write_row() -> None:
             nonlocal last_row
-            row = _row(position, statistics, batches_per_epoch(len(prompts), config), optimizer.param_groups[0]["lr"])
+            row = statistics.row(position, batches_per_epoch(len(prompts), config), optimizer.param_groups[0]["lr"])
             metrics.add(row)
             last_row = {name: value for name, value in row.items() if isinstance(value, int | float)}
             if board is not None:
@@ -393,7 +313,7 @@ def train(
                             rollout = roll_out(host, config, batch_prompts, seeds, preference, portions, watcher)
                         new_pairs, pools = rollout.pairs, rollout.pools
                         del rollout
-                    statistics.rollout, statistics.images = _pool_statistics(pools), len(batch_prompts)
+                    statistics.rollout, statistics.images = pool_statistics(pools), len(batch_prompts)
                     position.images += len(batch_prompts)
                     position.fruitless += 1
                     if new_pairs is not None:
@@ -653,44 +573,6 @@ def _run_id_of(path: Path) -> str:
     with suppress(SpoError):
         return read_lora(path).metadata.get("spo_run_id", "")
     return ""
-
-
-def _row(position: Position, statistics: BatchStatistics, batches: int, rate: float) -> dict[str, float | int | None]:
-    """One row of metrics, see `metrics.TITLES`. batches: of an epoch."""
-    s = statistics
-    seconds = s.rollout_seconds + s.train_seconds
-    return {
-        "batch": position.batch,
-        "step": position.step,
-        "epoch": position.batch // batches,
-        "images": position.images,
-        "preference_mean": s.rollout.get("mean"),
-        "kept_share": s.rollout.get("kept"),
-        "pairs": s.pairs,
-        "loss": _mean(s.losses),
-        "ratio_win": _mean(s.ratio_win),
-        "ratio_lose": _mean(s.ratio_lose),
-        "ratio_clamped_share": _mean(s.clamped),
-        "gradient_norm": _mean(s.gradient_norms),
-        "learning_rate": rate,
-        "images_per_s": s.images / seconds if seconds else None,
-        "pairs_per_s": s.pairs / s.train_seconds if s.train_seconds else None,
-        "seconds": position.seconds,
-        **{name: value for name, value in s.rollout.items() if name.startswith(TIMESTEP_PREFIX)},
-    }
-
-
-def _pool_statistics(pools: Sequence[PoolScores]) -> dict[str, float]:
-    if not pools:
-        return {}
-    by_timestep = {f"{TIMESTEP_PREFIX}{round(pool.timestep)}": float(pool.scores.mean()) for pool in pools}
-    kept = torch.cat([pool.kept.float() for pool in pools])
-    mean = torch.cat([pool.scores.flatten() for pool in pools]).mean()
-    return {"mean": float(mean), "kept": float(kept.mean()), **by_timestep}
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _weights_are_finite(adapter: Adapter) -> bool:
