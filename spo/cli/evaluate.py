@@ -28,6 +28,9 @@ def add_evaluate(command: Callable[[str, Callable[[argparse.Namespace], int], st
                         "training never saw")  # fmt: skip
     parser.add_argument("--distance", default="auto", metavar="auto|pixels|lpips|JUDGE",
                         help="what diversity and drift go by (default: a judge's features or pixels)")  # fmt: skip
+    parser.add_argument("--scaled", type=Path, metavar="FILE",
+                        help="also write the best LoRA, scaled so that weight 1 is its best weight, by the first judge "
+                        "that training did not follow; an existing file is never replaced")  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="these seeds for each prompt")
     parser.add_argument("--seeds-each", type=int, default=4, metavar="N",
                         help="without --seeds: so many seeds for each prompt, its own ones (default: 4)")  # fmt: skip
@@ -53,6 +56,7 @@ def _run(options: argparse.Namespace) -> int:
         weights=options.weights,
         judges=options.judges,
         distance=options.distance,
+        scaled=options.scaled,
         largest_px=options.picture_px,
     )
     print(evaluate(config, request))

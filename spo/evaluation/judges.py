@@ -45,6 +45,11 @@ class Judge:
             raise SpoError(f'The judge "{self.model.name}" gave a score that is not finite.')
         return scores
 
+    def recognised(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor | None:
+        """[N] bool on the CPU: whether the picture shows its prompt's subject rather than another; None of a model that
+        does not tell subjects apart. pixels, prompts: as for `scores`."""
+        return self.model.recognised(pixels, prompts).cpu() if isinstance(self.model, SubjectScore) else None
+
     def adherence_of(self, scores: Tensor) -> Tensor:
         """What `scores` say of the prompt alone, in `adherence`: of a CLIP the cosine of picture and prompt."""
         if isinstance(self.model, ClipScore):

@@ -28,6 +28,7 @@ TITLES = {  # name of a statistic -> what it is called, and what it says
     "wins": ("Wins against the base", "how often its picture scores above the base's of the same prompt and seed"),
     "score": ("Mean score", "what the judge gives; differences are log-odds of being preferred"),
     "adherence": ("Prompt adherence", "how well pictures show what their prompts ask for"),
+    "recognised": ("Recognised subjects", "share of pictures in which the prompt's subject is the likeliest of all"),
     "diversity": ("Diversity", "mean distance between the seeds of one prompt; less than the base: they grow alike"),
     "drift": ("Drift", "mean distance from the base's picture of the same prompt and seed; it has no better side"),
     "colourfulness": ("Colourfulness", "Hasler and Suesstrunk; 0 is grey, 45 is quite, 80 is very colourful"),
@@ -106,7 +107,7 @@ def _cell_text(statistic: Statistic, label: str) -> str:
 
 
 def _form(statistic: Statistic) -> str:
-    return ".0%" if statistic.name == "wins" else ".3g"
+    return ".0%" if statistic.name in ("wins", "recognised") else ".3g"
 
 
 # ---------------------------------------------------------------------------------------------- the page

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,12 +22,16 @@ COLOURS = {"colourfulness": colourfulness, "saturation": saturation, "contrast":
 class Measured:
     """What is left of N pictures of one column: numbers.
 
-    colours   name of `COLOURS` -> [N]; scores: judge's name -> [N]; features: [N, D], see `Features`
+    colours     name of `COLOURS` -> [N]; scores: judge's name -> [N]; features: [N, D], see `Features`
+    recognised  name of a judge that tells subjects apart -> [N] 0 or 1, whether it finds the prompt's
+    chance      name of a judge of adherence -> [N] its scores for other prompts; empty where nobody asked
     """
 
     colours: Mapping[str, Tensor]
     scores: Mapping[str, Tensor]
     features: Tensor
+    recognised: Mapping[str, Tensor] = field(default_factory=dict)
+    chance: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Value:
 class Statistic:
     """One row of the table.
 
-    name    "wins", "score", "adherence", "diversity", "drift" or one of `COLOURS`
+    name    "wins", "score", "adherence", "recognised", "diversity", "drift" or one of `COLOURS`
     by      the judge, or what pictures were compared by; "" for colours
     unit    where it is not clear from the name
     values  column -> its value; without the base where there is nothing to say of it
@@ -55,22 +59,39 @@ class Statistic:
 
 
 def measure(
-    pixels: Tensor, latents: Tensor, prompts: Sequence[str], judges: Sequence[Judge], features: Features
+    pixels: Tensor,
+    latents: Tensor,
+    prompts: Sequence[str],
+    judges: Sequence[Judge],
+    features: Features,
+    others: Sequence[str] = (),
 ) -> Measured:
-    """Measure N finished pictures [N, 3, H, W] in [-1, 1], decoded from latents [N, 4, h, w], of N prompts."""
+    """Measure N finished pictures [N, 3, H, W] in [-1, 1], decoded from latents [N, 4, h, w], of N prompts.
+
+    others  N other prompts, where it shall be known how well the pictures show these
+    """
+    subjects = {judge.name: judge.recognised(pixels, prompts) for judge in judges}
     return Measured(
         colours={name: of(pixels).cpu() for name, of in COLOURS.items()},
         scores={judge.name: judge.scores(pixels, latents, prompts) for judge in judges},
         features=features.of(pixels),
+        recognised={name: found.float() for name, found in subjects.items() if found is not None},
+        chance={j.name: j.scores(pixels, latents, others) for j in judges if j.adherence} if others else {},
     )
 
 
 def together(parts: Sequence[Measured]) -> Measured:
     """Portions of one column as one."""
+
+    def joined(of: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: torch.cat([part[name] for part in of]) for name in of[0]}
+
     return Measured(
-        colours={name: torch.cat([part.colours[name] for part in parts]) for name in parts[0].colours},
-        scores={name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
+        colours=joined([part.colours for part in parts]),
+        scores=joined([part.scores for part in parts]),
         features=torch.cat([part.features for part in parts]),
+        recognised=joined([part.recognised for part in parts]),
+        chance=joined([part.chance for part in parts]),
     )
 
 
@@ -97,6 +118,9 @@ def statistics(
         if judge.adherence:
             adherence = {label: judge.adherence_of(of) for label, of in scores.items()}
             rows.append(Statistic("adherence", judge.name, _values(adherence, prompts), judge.adherence))
+        if judge.name in columns[base].recognised:
+            found = {label: column.recognised[judge.name] for label, column in columns.items()}
+            rows.append(Statistic("recognised", judge.name, _values(found, prompts, _share)))
     if len(set(prompts)) < len(prompts):
         varied = {label: diversity(column.features, prompts, features.distance) for label, column in columns.items()}
         rows.append(Statistic("diversity", features.name, _values(varied, list(dict.fromkeys(prompts)))))
@@ -116,22 +140,31 @@ def drifts_of(columns: Mapping[str, Measured], features: Features) -> dict[str, 
     return dict(zip(list(columns)[1:], far, strict=True))
 
 
-def _values(of: Mapping[str, Tensor], prompts: Sequence[str]) -> dict[str, Value]:
-    """Each column's mean, and that of its difference from the first, picture by picture."""
+def _values(
+    of: Mapping[str, Tensor],
+    prompts: Sequence[str],
+    interval: Callable[[Tensor, Sequence[str]], Interval] = bootstrap_interval,
+) -> dict[str, Value]:
+    """Each column's mean with its interval, and that of its difference from the first, picture by picture."""
     base, values = next(iter(of)), {}
     for label, column in of.items():
         difference = None if label == base else bootstrap_interval(column - of[base], prompts)
-        values[label] = Value(bootstrap_interval(column, prompts), difference)
+        values[label] = Value(interval(column, prompts), difference)
     return values
 
 
 def _win_rate(scores: Tensor, base: Tensor, prompts: Sequence[str]) -> Interval:
-    """Share of pictures that score above the base's, ties counting half.
+    """Share of pictures that score above the base's, ties counting half."""
+    return _share((scores > base).float() + (scores == base).float() / 2, prompts)
+
+
+def _share(values: Tensor, prompts: Sequence[str]) -> Interval:
+    """The mean of values from 0 to 1.
 
     Where all prompts agree, as when every picture wins, the bootstrap has nothing to draw from, and Wilson's interval
     for as many prompts stands in.
     """
-    rate = bootstrap_interval((scores > base).float() + (scores == base).float() / 2, prompts)
+    rate = bootstrap_interval(values, prompts)
     if math.isfinite(rate.low) and rate.low == rate.high:
         return Interval(rate.mean, *wilson_interval(rate.mean, len(set(prompts))))
     return rate

@@ -21,6 +21,7 @@ from spo.headless.compare import LESS_MEMORY, adapter_from_file, check_writable,
 from spo.headless.host import load_host
 from spo.report.tables import table
 from spo.runs.layout import FOLDER_SUFFIX, RunFiles
+from spo.training.best_weight import best_column, choosing_judge, scalable, write_scaled
 from spo.training.host import Host
 from spo.training.memory import Portion, in_portions, loaded_scorer
 
@@ -34,6 +35,7 @@ class EvaluateRequest:
     loras       files; each at each of `weights`
     judges      names or files of models of the catalogue
     distance    what pictures are compared by, see `features.choose_features`
+    scaled      a LoRA file to write: the best of `loras` scaled to its best weight; None: none
     largest_px  longer side of a picture on the page
     """
 
@@ -43,6 +45,7 @@ class EvaluateRequest:
     weights: Sequence[float]
     judges: Sequence[str]
     distance: str = "auto"
+    scaled: Path | None = None
     largest_px: int = 512
     batch: int = 16
 
@@ -59,28 +62,38 @@ def lora_files_of(folder: Path) -> list[Path]:
 
 
 def evaluate(config: Config, request: EvaluateRequest) -> str:
-    """Write the page and two tables to `config.run.output`, a NAME.html (tables beside it) or a folder; the table as
-    text. Raises SpoError for what cannot work, before anything is sampled."""
+    """Write the page and two tables to `config.run.output`, a NAME.html (tables beside it) or a folder; the table and
+    which LoRA at which weight is the best as text. Raises SpoError for what cannot work, before anything is sampled."""
     output = Path(config.run.output)
     _check_output(output, config.run.replace)
     if not request.prompts or not request.loras:
         raise SpoError("There is nothing to evaluate; give prompts, and a LoRA with --lora or a run with --run.")
     trainings = [training_of(path) for path in request.loras]
+    scalables = {path: scalable(path, request.scaled) for path in request.loras} if request.scaled else {}
     host = load_host(config)
     judges = [_loaded(name, config, host) for name in dict.fromkeys(request.judges)]
+    chooser = choosing_judge(judges, trainings)
+    if request.scaled and chooser is None:
+        raise SpoError("No judge is given that training did not follow, by which to scale; name one with --judge.")
     features = choose_features(request.distance, judges, host.device)
     host.prepare(list(dict.fromkeys(request.prompts)))
-    columns = {"base": _column(host, config, request, judges, features)}
+    columns = {"base": _column(host, config, request, judges, features, is_base=True)}
+    made: dict[str, tuple[Path, float]] = {}  # label -> LoRA and weight
     for path in request.loras:
         adapter = adapter_from_file(host, path)
         for weight in request.weights:
             adapter.set_multiplier(weight)
-            columns[_label(path, weight, request)] = _column(host, config, request, judges, features)
+            label = _label(path, weight, request)
+            columns[label], made[label] = _column(host, config, request, judges, features), (path, weight)
         adapter.remove()
-    others = ", ".join(label for label in columns if label != "base")
+    choice = None
+    if chooser is not None:
+        measured = {label: column.measured for label, column in columns.items()}
+        choice = best_column(measured, request.prompts, chooser, judges, features)
+    others = ", ".join(made)
     evaluation = summarize(
         f"{host.checkpoint_name} against {others}",
-        _facts(config, host),
+        _facts(config, host) | ({"Choice": choice.text()} if choice else {}),
         columns,
         request.prompts,
         request.seeds,
@@ -89,7 +102,16 @@ def evaluate(config: Config, request: EvaluateRequest) -> str:
         trainings,
     )
     _write(evaluation, output, config.run.replace)
-    return table(statistics_rows(evaluation), ["", *evaluation.columns])
+    texts = [table(statistics_rows(evaluation), ["", *evaluation.columns])]
+    if choice is not None:
+        texts.append(choice.text())
+        if request.scaled and (choice.gain is None or choice.gain.mean <= 0):
+            texts.append(f"{request.scaled.name} is not written: nothing is better than the base.")
+        elif request.scaled:
+            path, weight = made[choice.label]
+            write_scaled(scalables[path], weight, request.scaled)
+            texts.append(f"{request.scaled.name} does at weight 1 what {path.stem} does at {weight:g}.")
+    return "\n\n".join(texts)
 
 
 def _check_output(output: Path, replace: bool) -> None:
@@ -123,9 +145,17 @@ def _loaded(name: str, config: Config, host: Host) -> Judge:
 
 
 def _column(
-    host: Host, config: Config, request: EvaluateRequest, judges: Sequence[Judge], features: Features
+    host: Host,
+    config: Config,
+    request: EvaluateRequest,
+    judges: Sequence[Judge],
+    features: Features,
+    *,
+    is_base: bool = False,
 ) -> Column:
     """Sample, measure and encode a few pictures at a time, so that no more of them than these are ever in memory."""
+    different = list(dict.fromkeys(request.prompts))
+    following = dict(zip(different, [*different[1:], *different[:1]], strict=True))
 
     def some(rows: range) -> tuple[Measured, list[bytes]]:
         part = slice(rows.start, rows.stop)
@@ -133,7 +163,8 @@ def _column(
         latents = plain_rollout(host, prompts, request.seeds[part], config.rollout.eta).x
         pixels = host.decode(latents).clamp(-1, 1)
         encoded = [webp(picture, request.largest_px) for picture in pixels]
-        return measure(pixels, latents, prompts, judges, features), encoded
+        others = [following[prompt] for prompt in prompts] if is_base else []
+        return measure(pixels, latents, prompts, judges, features, others), encoded
 
     portion = Portion("pictures at a time", request.batch)
     parts = in_portions(some, len(request.prompts), portion, warnings.warn, LESS_MEMORY)

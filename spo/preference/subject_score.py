@@ -65,13 +65,24 @@ class SubjectScore:
     @torch.no_grad()
     def score(self, candidates: Candidates, prompts: Sequence[str]) -> Tensor:
         """[K, B] float32; see `PreferenceModel`. Raises SpoError for a prompt that is none of `classes`."""
-        wanted = torch.tensor([self._number(prompt) for prompt in prompts])
         pixels = candidates.pixels()
-        flat = pixels.flatten(0, 1).to(next(self.network.parameters()).device).float().clamp(-1, 1)
-        logits = torch.cat([self.network(part) for part in flat.split(_AT_A_TIME)])
-        likely = logits.log_softmax(1).unflatten(0, pixels.shape[:2])
-        wanted = wanted.to(likely.device).expand(len(likely), -1)
+        likely = self._logits(pixels.flatten(0, 1)).log_softmax(1).unflatten(0, pixels.shape[:2])
+        wanted = self._numbers_of(prompts).to(likely.device).expand(len(likely), -1)
         return likely.gather(2, wanted[..., None])[..., 0].to(candidates.x.device)
+
+    @torch.no_grad()
+    def recognised(self, pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        """[N] bool: whether the prompt's subject is the likeliest of all in each picture [N, 3, 64, 64]. Raises as
+        `score`."""
+        likeliest = self._logits(pixels).argmax(1)
+        return likeliest == self._numbers_of(prompts).to(likeliest.device)
+
+    def _logits(self, pixels: Tensor) -> Tensor:
+        flat = pixels.to(next(self.network.parameters()).device).float().clamp(-1, 1)
+        return torch.cat([self.network(part) for part in flat.split(_AT_A_TIME)])
+
+    def _numbers_of(self, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([self._number(prompt) for prompt in prompts])
 
     def _number(self, prompt: str) -> int:
         if prompt not in self._numbers:

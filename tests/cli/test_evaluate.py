@@ -7,6 +7,12 @@ import csv
 import pytest
 
 from spo.cli.main import main
+from spo.evaluation.interval import Interval
+from spo.headless import evaluate as headless_evaluate
+from spo.lora.read import read_lora
+from spo.preference.cnn_file import save_cnn
+from spo.preference.latent_cnn import LatentCNN
+from spo.training.best_weight import Choice
 from tests.cli.test_compare import comparison_flags
 
 
@@ -96,3 +102,34 @@ def test_the_demos_judges_are_for_the_demo(tiny_files, trained, tmp_path, capsys
     assert "knows the demo checkpoint's pictures only; the checkpoint is tiny.safetensors" in capsys.readouterr().err
     assert main(flags(tiny_files, tmp_path / "page.html", "--lora", str(lora), "--distance", "other")) == 2
     assert 'distance is "other"' in capsys.readouterr().err
+
+
+def test_the_lora_is_scaled_to_the_best_weight(tiny_files, trained, tmp_path, capsys, monkeypatch):
+    lora, scaled = trained("tiny.safetensors").output, tmp_path / "scaled.safetensors"
+    rest = [
+        "--lora",
+        str(lora),
+        "--weights",
+        "0.5",
+        "1.5",
+        "--limit",
+        "2",
+        "--seeds-each",
+        "2",
+        "--scaled",
+        str(scaled),
+    ]
+    assert main(flags(tiny_files, tmp_path / "page.html", *rest)) == 2
+    assert "No judge is given that training did not follow" in capsys.readouterr().err
+    save_cnn(LatentCNN(16), tmp_path / "unseen.safetensors", {})
+    rest += ["--judge", str(tmp_path / "unseen.safetensors")]
+    choice = Choice("unseen", "mine : 1.5", Interval(1.0, 0.5, 1.5), {})
+    monkeypatch.setattr(headless_evaluate, "best_column", lambda *_: choice)
+    assert main(flags(tiny_files, tmp_path / "page.html", *rest)) == 0
+    said = capsys.readouterr().out
+    assert choice.text() in said and "scaled.safetensors does at weight 1 what mine does at 1.5" in said
+    assert choice.text() in (tmp_path / "page.html").read_text(encoding="utf-8")
+    layer = next(iter(read_lora(scaled).layers.values()))
+    assert layer.alpha == 1.5 * next(iter(read_lora(lora).layers.values())).alpha
+    assert main(flags(tiny_files, tmp_path / "again.html", *rest)) == 2
+    assert "is not replaced" in capsys.readouterr().err and not (tmp_path / "again.html").exists()

@@ -75,6 +75,11 @@ def test_the_demos_judges_and_the_checkpoint_they_are_for():
     assert adherence.adherence == "log-probability" and not adherence.prefers
     scores = adherence.scores(torch.zeros(1, 3, 64, 64), torch.zeros(1, 4, 8, 8), ["red apple"])
     assert torch.equal(adherence.adherence_of(scores), scores) and float(scores) < 0
+    pictures = torch.rand(4, 3, 64, 64) * 2 - 1
+    likeliest = adherence.model.network(pictures).argmax(1).tolist()
+    found = [adherence.model.classes[number] for number in likeliest]
+    others = [adherence.model.classes[number - 1] for number in likeliest]
+    assert adherence.recognised(pictures, [*found[:3], others[3]]).tolist() == [True, True, True, False]
     assert load_judge("demo-judge", "cpu", "sd15", checkpoint_name="demo").adherence == ""
     for name in ("demo", "demo-judge", "demo-adherence", "0.5*demo-judge + 0.5*demo"):
         with pytest.raises(SpoError, match="knows the demo checkpoint's pictures only; the checkpoint is my_model"):

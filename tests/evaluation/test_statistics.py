@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -78,3 +80,15 @@ def test_ties_count_half_and_one_seed_has_no_diversity():
     rows = table_of({"base": base, "same": base}, ["a", "b", "c"], [JUDGE])
     assert rows[0].values["same"].of.mean == 0.5
     assert "diversity" not in [row.name for row in rows]
+
+
+def test_recognised_subjects_are_a_share_of_their_own():
+    seen = {"base": [1, 1, 1, 1, 1, 1], "lora": [1, 0, 1, 1, 1, 1]}
+    columns = {
+        label: dataclasses.replace(measured(*column(0)), recognised={"word": torch.tensor(values).float()})
+        for label, values in seen.items()
+    }
+    row = next(row for row in table_of(columns, PROMPTS, [JUDGE, WORD]) if row.name == "recognised")
+    assert row.by == "word" and row.values["lora"].of.mean == pytest.approx(5 / 6)
+    assert row.values["lora"].difference.mean == pytest.approx(-1 / 6)
+    assert (row.values["base"].of.low, row.values["base"].of.high) == wilson_interval(1.0, len(set(PROMPTS)))
