@@ -22,7 +22,7 @@ from spo.checkpoint.tensor_file import TensorFile
 from spo.config import Config
 from spo.errors import SpoError
 from spo.files import size_text
-from spo.preference import subject_score
+from spo.preference import latent_reward, subject_score
 from spo.preference.clip import scores
 from spo.preference.clip.step_aware import StepAwareCLIP, is_step_aware_clip, read_step_aware_clip
 from spo.preference.cnn_file import is_cnn, read_cnn
@@ -75,6 +75,8 @@ class Kind:
 KINDS = (  # the first that recognises a file is its kind
     Kind("latent CNN", partial(is_cnn, LatentCNN), partial(read_cnn, LatentCNN), LatentCNN, True),
     Kind("taste head", head.is_taste, head.read_taste, head.TasteHead, True),
+    Kind("latent reward model", latent_reward.is_latent_reward, latent_reward.read_latent_reward,
+         latent_reward.LatentReward, True),
     Kind("step-aware CLIP", is_step_aware_clip, read_step_aware_clip, StepAwareCLIP, True),
     Kind("CLIP score", scores.is_plain_clip, scores.read_clip_score, scores.ClipScore, False),
     Kind("aesthetic score", scores.is_aesthetic_head, scores.read_aesthetic_score, scores.AestheticScore, False),
@@ -151,7 +153,7 @@ def load(
     if not path.exists():
         raise SpoError(_missing(path, architecture))
     place = placement(device, precision, rest_on_cpu=rest_on_cpu)
-    weights = scores.weights_in(path)
+    weights = _weights_in(path)
     file = open_model_file(in_half(weights) if place.dtype != torch.float32 else weights)
     kind = kind_of(file)
     if advice := _describe_file(path, file, kind).advice(architecture, finished=finished):
@@ -198,7 +200,7 @@ def fingerprint(name_or_path: str) -> str:
         parts = read_mix(name_or_path)
         return " + ".join(f"{part.weight:g}/{part.deviation:g}*{fingerprint(part.file)}" for part in parts)
     path = _path_of(name_or_path)
-    return short_hash(scores.weights_in(path)) if path.exists() else ""
+    return short_hash(_weights_in(path)) if path.exists() else ""
 
 
 def kind_of(file: TensorFile) -> Kind:
@@ -218,6 +220,16 @@ def recognised(file: TensorFile) -> Kind | None:
 
 def _path_of(name_or_path: str | Path) -> Path:
     return BUNDLED_FILES.get(str(name_or_path)) or Path(name_or_path).expanduser()
+
+
+def _weights_in(path: Path) -> Path:
+    """The file of weights that a path means. Raises SpoError for a folder that holds none that is read as it is."""
+    if latent_reward.is_published_folder(path):
+        raise SpoError(
+            f'the folder "{path}" is a latent reward model as it was published: make one file of it by '
+            f'`python run.py convert-preference "{path}"`, outside the WebUI.'
+        )
+    return scores.weights_in(path)
 
 
 def _name(path: Path) -> str:
@@ -295,7 +307,7 @@ def list_preference_models(place: Path) -> PreferenceList:
     models, refused = [], []
     for path in sorted(place.iterdir(), key=lambda path: path.name.lower()):
         suffix = path.suffix.lower()
-        if not (suffix in (*FILE_SUFFIXES, *SUFFIXES) or (path.is_dir() and is_model_folder(path))):
+        if not (suffix in (*FILE_SUFFIXES, *SUFFIXES) or is_model_folder(path)):
             continue
         if suffix in SUFFIXES and not _looks_like_mix(path):
             continue
@@ -314,7 +326,7 @@ def describe_preference(name_or_path: str | Path) -> PreferenceInfo:
     architecture = official_architecture(path)
     if architecture is not None and not reads_pickles_safely():  # by its name: opening means hashing 5.2 GB before
         return PreferenceInfo(path, path.stem, "step-aware CLIP", path.stat().st_size, "pixels", True, architecture)
-    file = open_model_file(scores.weights_in(path))
+    file = open_model_file(_weights_in(path))
     return _describe_file(path, file, kind_of(file))
 
 
@@ -356,8 +368,8 @@ def named_after(name: str) -> str | None:
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether transformers saved a model in the folder."""
-    return path.is_dir() and any((path / name).is_file() for name in scores.WEIGHT_NAMES)
+    """Whether transformers saved a model in the folder, or it is a latent reward model's."""
+    return any((path / name).is_file() for name in scores.WEIGHT_NAMES) or latent_reward.is_published_folder(path)
 
 
 def _looks_like_mix(path: Path) -> bool:

@@ -203,12 +203,17 @@ class TextTower(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """[N, tokens] -> [N, width], the state at the first end token, which has the highest id."""
-        positions = self.embeddings.position_embedding.weight[: ids.shape[1]]
-        x = self.embeddings.token_embedding(ids).float() + positions.float()
-        for block in self.encoder.layers:
-            x = in_float32(block, x)
+        _, x = self.states(ids)
         end = ids.argmax(-1)
         return in_float32(self.final_layer_norm, x[torch.arange(len(ids), device=ids.device), end])
+
+    def states(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, tokens] -> [N, tokens, width] of every token before the last block and after it, float32, not normed."""
+        positions = self.embeddings.position_embedding.weight[: ids.shape[1]]
+        before = x = self.embeddings.token_embedding(ids).float() + positions.float()
+        for block in self.encoder.layers:
+            before, x = x, in_float32(block, x)
+        return before, x
 
 
 class VisionEmbeddings(nn.Module):
