@@ -107,6 +107,12 @@ class RolloutConfig:
         low=0,
         high=0.9999,
     )
+    teaching_share: float = _setting(
+        0.0,
+        "draw pools only between steps that keep this share of the best step's pairs, learnt on the way; 0: everywhere",
+        low=0,
+        high=1,
+    )
     prompts_per_call: int = _setting(10, "pictures sampled at a time, of a rollout's; 0: all", low=0, high=4096)
     candidates_per_call: int = _setting(0, "candidates of a picture in one network call; 0: all", low=0, high=64)
     decode_batch: int = _setting(4, "latents decoded at a time", low=1, high=256)

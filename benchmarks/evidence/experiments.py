@@ -56,6 +56,8 @@ def options(seed: int) -> list[Run]:
         run("threshold 0.1 to 0.3", threshold_noisiest=0.3),
         run("LPO", threshold=0.35, threshold_noisiest=0.5, beta=500.0, divert_start_step=0),
         run("winner_preserving 0.9", winner_preserving=0.9),
+        run("teaching_share 0.5", teaching_share=0.5),
+        run("mixed with adherence", preference="0.8*demo + 0.2*demo-adherence"),
     ]
 
 

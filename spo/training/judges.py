@@ -6,6 +6,7 @@ A judge must be a model that training does not follow: what is followed is what 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,8 +49,10 @@ def with_judges(config: Config, architecture: str, prompts: Sequence[str]) -> Co
     if not wanted.validate_every:
         names = dict.fromkeys(names, NONE)
     preference = config.preference.preference
-    if preference == BUNDLED and Path(config.model.checkpoint).stem in DEMO_CHECKPOINTS:
-        names = {role: DEMO[role] if name == AUTO else name for role, name in names.items()}
+    followed = _models_of(preference)
+    if followed[0] == BUNDLED and Path(config.model.checkpoint).stem in DEMO_CHECKPOINTS:
+        others_of_demo = {role: NONE if name in followed else name for role, name in DEMO.items()}
+        names = {role: others_of_demo[role] if name == AUTO else name for role, name in names.items()}
         subjects = subjects_in(open_tensor_file(BUNDLED_FILES[DEMO["adherence"]]))
         if wanted.adherence == AUTO and not set(prompts_of_checks(config, prompts)) <= set(subjects):
             names["adherence"] = NONE
@@ -102,8 +105,7 @@ def _others(preference: str, architecture: str) -> list[PreferenceInfo]:
         for info in list_preference_models(folder).models
         if info.kind in (*_TASTE_OF_MANY, *_KNOWS_PROMPTS) and info.architecture in ("any", architecture)
     ]
-    followed = [describe_preference(part.file) for part in read_mix(preference)] if is_mix(preference) else []
-    followed = followed or [describe_preference(preference)]
+    followed = [describe_preference(model) for model in _models_of(preference)]
     return [info for info in fitting if not any(_are_one(info, other) for other in followed)]
 
 
@@ -119,7 +121,14 @@ def _parts(name: str) -> list[str]:
     """Hashes of the models that a name means; the demo's judges by their names."""
     if name in DEMO.values():
         return [name]
-    return [fingerprint(part.file) for part in read_mix(name)] if is_mix(name) else [fingerprint(name)]
+    return [fingerprint(model) for model in _models_of(name)]
+
+
+def _models_of(preference: str) -> list[str]:
+    """Of a mix its models, by their names or files; else the model itself, and so of a mix that cannot be read."""
+    with suppress(SpoError):
+        return [part.file for part in read_mix(preference)] if is_mix(preference) else [preference]
+    return [preference]
 
 
 def _kind(preference: str) -> str:

@@ -75,6 +75,7 @@ from spo.training.schedule import (
 )
 from spo.training.stages import Stages
 from spo.training.statistics import BatchStatistics, pool_statistics
+from spo.training.teaching_window import TeachingWindow
 from spo.training.validation import Judges, measure, prompts_of_checks
 
 KIND = "LoRA"  # of run, in its state file
@@ -169,6 +170,9 @@ def train(
         average = AverageWeights(adapter, config.rollout.rollout_average)
         if average.decay:
             survivors["average"] = average
+        window = TeachingWindow(config.rollout.teaching_share)
+        if window.share:
+            survivors["window"] = window
         if saved is not None:
             saved.restore(survivors)
             pending.to(host.device)
@@ -310,8 +314,12 @@ def train(
                     else:
                         assert preference is not None, "method spo needs a preference model"
                         with average.acting():
-                            rollout = roll_out(host, config, batch_prompts, seeds, preference, portions, watcher)
+                            rollout = roll_out(
+                                host, window.narrowed(config, position.batch), batch_prompts, seeds, preference,
+                                portions, watcher,
+                            )  # fmt: skip
                         new_pairs, pools = rollout.pairs, rollout.pools
+                        window.learn(pools, position.batch)
                         del rollout
                     statistics.rollout, statistics.images = pool_statistics(pools), len(batch_prompts)
                     position.images += len(batch_prompts)

@@ -110,3 +110,15 @@ def test_broken_files(tmp_path):
         read_mix(str(tmp_path / "none.json"))
     with pytest.raises(SpoError, match='"b.bin" is no part of a mix'):
         read_mix("0.7*a.bin + b.bin")
+
+
+def test_the_demos_taste_is_mixed_with_its_adherence():
+    """Candidates at a noise level, as training scores them: the mean of both by weight, in the size of the first."""
+    mix = load("0.8*demo + 0.2*demo-adherence")
+    torch.manual_seed(0)
+    latents, pictures = torch.randn(2, 3, 4, 8, 8), torch.rand(6, 3, 64, 64) * 2 - 1
+    pool = Candidates(latents, 3.0, 451.0, latents, lambda flat: pictures)
+    prompts = ["red apple", "rocket", "skull"]
+    taste, adherence = (load(name).score(pool, prompts) for name in ("demo", "demo-adherence"))
+    torch.testing.assert_close(mix.score(pool, prompts), 0.8 * taste + 0.2 * adherence)
+    assert mix.needs_pixels and mix.needs_denoised

@@ -71,6 +71,8 @@ def test_the_demo_has_judges_of_its_own():
     )
     assert resolved(preference="demo", checkpoint="demo.safetensors", prompts=["a dull day"]) == ("demo-judge", "")
     assert resolved(preference="demo", checkpoint="mine.safetensors") == ("", "")
+    mix = "0.8*demo + 0.2*demo-adherence"  # what training follows judges none of its stages
+    assert resolved(preference=mix, checkpoint="demo.safetensors", prompts=["skull"]) == ("demo-judge", "")
 
 
 def test_the_model_that_training_follows_is_no_judge(tmp_path):

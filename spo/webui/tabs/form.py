@@ -58,7 +58,7 @@ _GROUP_OF = {
     **dict.fromkeys(
         ("candidates", "inner_steps", "divert_start_step", "timestep_min", "timestep_max", "threshold"), "Pairs"
     ),
-    **dict.fromkeys(("threshold_noisiest", "rollout_average"), "Pairs"),
+    **dict.fromkeys(("threshold_noisiest", "rollout_average", "teaching_share"), "Pairs"),
     **dict.fromkeys(("method", "pairs_per_prompt", "prompts_per_batch", "pairs_per_update", "carry_pairs"), "Pairs"),
     **dict.fromkeys(("prompts_per_call", "candidates_per_call", "decode_batch", "pairs_per_call"), "Memory"),
 }
@@ -72,6 +72,7 @@ _SLIDER_STEPS = {  # where the whole range makes sense to slide over
     "timestep_max": 1,
     "threshold": 0.01,
     "threshold_noisiest": 0.01,
+    "teaching_share": 0.01,
     "winner_preserving": 0.01,
     "ratio_clamp": 0.001,
     "rank": 1,
