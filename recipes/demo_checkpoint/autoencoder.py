@@ -1,16 +1,17 @@
-"""Stages "vae", "vae_colour" and "encode": the f8 autoencoder, its colours, and the pictures as latents."""
+"""Stages "vae" and "encode": the f8 autoencoder, and the pictures as latents."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from recipes.demo_checkpoint.networks import SCALE_FACTOR, build_vae, learning_rate, parameter_count
+from recipes.demo_checkpoint.networks import SCALE_FACTOR, build_vae, parameter_count
 from recipes.demo_checkpoint.options import Options
-from recipes.demo_checkpoint.pictures import load_pictures, saturate, save_grid, to_pixels
+from recipes.demo_checkpoint.pictures import SIZE_PX, load_pictures, saturate, save_grid, to_pixels
+from recipes.demo_checkpoint.steps import learning_rate, precision_of, run_steps, updated
+from spo.files import write_whole
 
 
 def gradient_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -27,39 +28,10 @@ def vae_loss(reconstruction: torch.Tensor, pixels: torch.Tensor, posterior: Any)
     return loss + 5e-4 * posterior.kl().mean() / posterior.mean[0].numel()
 
 
-def train_vae(options: Options) -> None:
-    """Train for --vae-steps steps of 16 pictures in bfloat16 autocast; high saturations leave room for vivid ones."""
-    pictures = load_pictures(options.work).flatten(0, 2)
-    torch.manual_seed(0)
-    vae = build_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-3)
-    print(f"VAE: {parameter_count(vae) / 1e6:.2f} M parameters, {len(pictures)} pictures")
-    started_s = time.time()
-    for step in range(options.vae_steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step / options.vae_steps, 1.5e-3)
-        pixels = to_pixels(pictures[torch.randint(len(pictures), (16,))])
-        pixels = saturate(pixels, torch.empty(16).uniform_(0.3, 1.6))
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(pixels).latent_dist
-            reconstruction = vae.decode(posterior.sample()).sample
-        loss = vae_loss(reconstruction.float(), pixels, posterior)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        if step % 100 == 99:
-            l1 = (reconstruction.float() - pixels).abs().mean().item()
-            print(f"step {step + 1}: loss {loss.item():.4f} L1 {l1:.4f} {time.time() - started_s:.0f} s", flush=True)
-        if step % 500 == 499:
-            torch.save(vae.state_dict(), options.work / "vae.pt")
-    torch.save(vae.state_dict(), options.work / "vae.pt")
-    draw_reconstructions(options, vae)
-
-
 def colour_loss(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     """Squared error of chroma (red-green, yellow-blue) and of colour at a quarter and an eighth of the size.
 
-    L1 alone is content with the median colour: after the first stage red and green came out brown.
+    L1 alone is content with the median colour: without this, red and green came out brown.
     """
     difference = reconstruction - pixels
     red, green, blue = difference.unbind(1)
@@ -71,37 +43,33 @@ def colour_loss(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Ten
     return loss
 
 
-def tune_vae_colours(options: Options) -> None:
-    """Go on from vae.pt for --vae-colour-steps (1200) steps of 16 pictures with the colour loss added."""
+def train_vae(options: Options) -> None:
+    """vae.pt: --vae-steps steps of 16 pictures; high saturations leave room for vivid ones."""
+    device = options.place
     pictures = load_pictures(options.work).flatten(0, 2)
-    torch.manual_seed(1)
-    vae = build_vae()
-    vae.load_state_dict(torch.load(options.work / "vae.pt"))
-    vae.train()
+    torch.manual_seed(0)
+    vae = build_vae().to(device)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-3)
-    started_s = time.time()
-    for step in range(options.vae_colour_steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step / options.vae_colour_steps, 1.5e-3)
+    print(f"VAE: {parameter_count(vae) / 1e6:.2f} M parameters, {len(pictures)} pictures", flush=True)
+
+    def step(number: int) -> dict[str, float]:
         pixels = to_pixels(pictures[torch.randint(len(pictures), (16,))])
-        pixels = saturate(pixels, torch.empty(16).uniform_(0.6, 1.6))
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(pixels).latent_dist
-            reconstruction = vae.decode(posterior.sample()).sample
-        reconstruction = reconstruction.float()
-        colour = colour_loss(reconstruction, pixels)
-        loss = vae_loss(reconstruction, pixels, posterior) + colour
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 49:
-            l1 = (reconstruction - pixels).abs().mean().item()
-            elapsed_s = time.time() - started_s
-            print(
-                f"step {step + 1}: loss {loss.item():.4f} L1 {l1:.4f} colour {colour.item():.4f} {elapsed_s:.0f} s",
-                flush=True,
-            )
-    torch.save(vae.state_dict(), options.work / "vae.pt")
+        pixels = saturate(pixels, torch.empty(16).uniform_(0.3, 1.6)).to(device)
+        noise = torch.randn(16, 4, SIZE_PX // 8, SIZE_PX // 8).to(device)
+        with updated(optimizer, vae, learning_rate(number / options.vae_steps, 1e-3)) as backward:
+            with precision_of(device):
+                posterior = vae.encode(pixels).latent_dist
+                reconstruction = vae.decode(posterior.mean + posterior.std * noise).sample
+            reconstruction = reconstruction.float()
+            colour = colour_loss(reconstruction, pixels)
+            loss = vae_loss(reconstruction, pixels, posterior) + colour
+            backward(loss)
+        l1 = (reconstruction.detach() - pixels).abs().mean()
+        return {"loss": loss.item(), "L1": l1.item(), "colour": colour.item()}
+
+    objects = {"vae": vae, "optimizer": optimizer}
+    run_steps("vae", options.vae_steps, objects, step, work=options.work, save_every=options.save_every)
+    write_whole(options.work / "vae.pt", lambda temporary: torch.save(vae.cpu().state_dict(), temporary))
     draw_reconstructions(options, vae)
 
 
@@ -125,10 +93,11 @@ def encode(options: Options) -> None:
     """
     vae = build_vae()
     vae.load_state_dict(torch.load(options.work / "vae.pt"))
-    vae.eval()
+    vae.eval().to(options.place)
     pictures = load_pictures(options.work)
     parts = pictures.flatten(0, 2).split(256)
-    means = torch.cat([vae.encode(to_pixels(part)).latent_dist.mean for part in parts])
+    means = torch.cat([vae.encode(to_pixels(part).to(options.place)).latent_dist.mean.cpu() for part in parts])
+    vae.cpu()
     centre, spread = means.mean((0, 2, 3)), means.std((0, 2, 3))
     factor = 1 / (SCALE_FACTOR * spread)
     print(f"latent means {centre.tolist()} stds {spread.tolist()}")

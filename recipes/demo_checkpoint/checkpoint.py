@@ -19,9 +19,8 @@ from recipes.demo_checkpoint.networks import (
     UNET_CHANNELS,
     UNET_HEADS,
     UNET_MULTIPLIERS,
-    VAE_BLOCKS,
-    VAE_CHANNELS,
-    VAE_MULTIPLIERS,
+    VAE,
+    VaeShape,
     alphas_cumprod,
     build_text_encoder,
     encode_text,
@@ -74,7 +73,7 @@ def ldm_tensors(options: Options) -> dict[str, torch.Tensor]:
     return tensors | schedule_buffers()
 
 
-def config_yaml() -> str:
+def config_yaml(vae: VaeShape = VAE) -> str:
     """The checkpoint's yaml; CLIP_DIR_HERE stands for the folder with tokenizer and text encoder config."""
     return (
         (HERE / "demo.yaml.template")
@@ -88,9 +87,9 @@ def config_yaml() -> str:
             unet_multipliers=list(UNET_MULTIPLIERS),
             context_dim=TEXT_CONFIG["hidden_size"],
             size_px=SIZE_PX,
-            vae_channels=VAE_CHANNELS,
-            vae_multipliers=list(VAE_MULTIPLIERS),
-            vae_blocks=VAE_BLOCKS,
+            vae_channels=vae.channels,
+            vae_multipliers=list(vae.multipliers),
+            vae_blocks=vae.blocks,
         )
     )
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from recipes.demo_checkpoint.networks import SCALE_FACTOR, learning_rate, load_vae, parameter_count
+from recipes.demo_checkpoint.networks import SCALE_FACTOR, load_vae, parameter_count
 from recipes.demo_checkpoint.options import Options
 from recipes.demo_checkpoint.pictures import (
     SIZE_PX,
@@ -22,6 +21,7 @@ from recipes.demo_checkpoint.pictures import (
     saturate,
     to_pixels,
 )
+from recipes.demo_checkpoint.steps import learning_rate, run_steps, updated
 from spo.demo.subjects import load
 from spo.preference.subject_score import SubjectNetwork
 
@@ -56,29 +56,30 @@ def jitter(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def train_classifier(options: Options) -> None:
-    """Train for --classifier-minutes; batches of 128 jittered pictures over all taught subjects."""
-
+    """--classifier-steps batches of 128 jittered pictures over the core subjects."""
+    device = options.place
     torch.manual_seed(0)
     subjects = load_subjects(options.work)
     rows = core_rows(subjects)
     pictures = classifier_pictures(options.work, rows)
-    network = SubjectNetwork(len(rows))
+    network = SubjectNetwork(len(rows)).to(device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, weight_decay=0.05)
     print(f"classifier: {parameter_count(network) / 1e6:.2f} M parameters, {len(rows)} classes", flush=True)
-    step, elapsed_s, limit_s, started_s = 0, 0.0, 60 * options.classifier_minutes, time.time()
-    while elapsed_s < limit_s:
-        optimizer.param_groups[0]["lr"] = learning_rate(elapsed_s / limit_s, 4e-3)
+
+    def step(number: int) -> dict[str, float]:
         labels, styles = torch.randint(len(rows), (128,)), torch.randint(2, (128,))
         variants = torch.where(torch.rand(128) < 0.4, VARIANTS, torch.randint(VARIANTS, (128,)))
-        logits = network(jitter(to_pixels(pictures[labels, styles, variants])))
-        loss = F.cross_entropy(logits, labels, label_smoothing=0.05)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        step, elapsed_s = step + 1, time.time() - started_s
-        if step % 100 == 0:
-            right = (logits.argmax(1) == labels).float().mean().item()
-            print(f"step {step}: loss {loss.item():.3f} right {right:.3f} {elapsed_s:.0f} s", flush=True)
+        pixels = jitter(to_pixels(pictures[labels, styles, variants])).to(device)
+        labels = labels.to(device)
+        with updated(optimizer, network, learning_rate(number / options.classifier_steps, 4e-3)) as backward:
+            logits = network(pixels)
+            loss = F.cross_entropy(logits, labels, label_smoothing=0.05)
+            backward(loss)
+        return {"loss": loss.item(), "right": (logits.argmax(1) == labels).float().mean().item()}
+
+    objects = {"network": network, "optimizer": optimizer}
+    run_steps("classifier", options.classifier_steps, objects, step, work=options.work, save_every=options.save_every)
+    network.cpu()
     names = json.dumps([subjects[row]["name"] for row in rows])
     tensors = {k: v.half() for k, v in network.state_dict().items() if v.is_floating_point()}
     save_file(tensors, options.out / "subject_classifier.safetensors", metadata={"format": "pt", "classes": names})

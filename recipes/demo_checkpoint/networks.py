@@ -1,8 +1,8 @@
-"""The networks of the demo checkpoint, its noise schedule, and the learning rate of every stage."""
+"""The networks of the demo checkpoint, and its noise schedule."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,22 @@ from recipes.demo_checkpoint.pictures import SIZE_PX
 
 SCALE_FACTOR = 0.18215
 CLIP_LENGTH = 77
-VAE_CHANNELS, VAE_MULTIPLIERS, VAE_BLOCKS = 32, (1, 2, 2, 2), 1
 UNET_CHANNELS, UNET_MULTIPLIERS, UNET_BLOCKS, UNET_HEADS = 64, (1, 2), 2, 4
+
+
+@dataclass(frozen=True)
+class VaeShape:
+    """channels: of the first level, multiplied on each; blocks: of the encoder's levels, the decoder has one more."""
+
+    channels: int
+    multipliers: tuple[int, ...]
+    blocks: int
+
+
+# LDM's GroupNorm has 32 groups: with 32 channels each sees one, whose strength in a picture it takes away
+VAE = VaeShape(64, (1, 1, 1, 1), 2)
+SHIPPED_VAE = VaeShape(32, (1, 2, 2, 2), 1)  # of spo/demo/demo.safetensors, which an older recipe made
+
 TEXT_CONFIG: dict[str, Any] = dict(
     hidden_size=64,
     intermediate_size=256,
@@ -32,14 +46,14 @@ TEXT_CONFIG: dict[str, Any] = dict(
 )
 
 
-def build_vae() -> Any:
+def build_vae(shape: VaeShape = VAE) -> Any:
     """An untrained AutoencoderKL: three halvings, so 8 x 8 latents of 64-pixel pictures."""
-    levels = len(VAE_MULTIPLIERS)
+    levels = len(shape.multipliers)
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels,
-        block_out_channels=[VAE_CHANNELS * m for m in VAE_MULTIPLIERS],
-        layers_per_block=VAE_BLOCKS,
+        block_out_channels=[shape.channels * m for m in shape.multipliers],
+        layers_per_block=shape.blocks,
         latent_channels=4,
         norm_num_groups=32,
         sample_size=SIZE_PX,
@@ -85,10 +99,10 @@ def encode_text(text_encoder: Any, tokens: torch.Tensor) -> torch.Tensor:
     return text_encoder(input_ids=tokens).last_hidden_state
 
 
-def load_networks(work: Path) -> tuple[Any, Any]:
-    """UNet and text encoder with the averaged weights, for inference."""
+def load_networks(work: Path, name: str = "unet.pt") -> tuple[Any, Any]:
+    """UNet and text encoder with the averaged weights, for inference. name: "unet_all.pt" for those before the core."""
     networks = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder()})
-    networks.load_state_dict(torch.load(work / "unet.pt"))
+    networks.load_state_dict(torch.load(work / name))
     networks.eval().requires_grad_(False)
     return networks["unet"], networks["text_encoder"]
 
@@ -101,10 +115,3 @@ def alphas_cumprod() -> torch.Tensor:
 
 def parameter_count(network: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
-
-
-def learning_rate(elapsed: float, peak: float, warm_up: float = 0.03) -> float:
-    """Linear warm-up, then a cosine to zero, over the elapsed fraction of the run in [0, 1]."""
-    if elapsed < warm_up:
-        return peak * elapsed / warm_up
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, (elapsed - warm_up) / (1 - warm_up))))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 
 @dataclass(frozen=True)
 class Options:
     """flat, fluent: unpacked emoji packages; tokenizer: CLIP's; work: scratch; out: results; snapshots: checkpoints
-    while the UNet trains, None for none. batch: noisy latents in a step, two of each picture."""
+    while the UNet trains, None for none. batch: noisy latents in a step, two of each picture. save_every: steps."""
 
     flat: Path
     fluent: Path
@@ -18,10 +20,18 @@ class Options:
     out: Path
     snapshots: Path | None
     threads: int
+    device: str
     vae_steps: int
-    vae_colour_steps: int
-    unet_minutes: float
+    unet_steps: int
+    core_steps: int
     unet_lr: float
     batch: int
-    classifier_minutes: float
-    snapshot_minutes: float
+    classifier_steps: int
+    save_every: int
+
+    @property
+    def place(self) -> torch.device:
+        """Where networks are trained; auto: the GPU where there is one."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device(self.device)

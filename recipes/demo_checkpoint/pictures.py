@@ -1,4 +1,4 @@
-"""Stage "data": choose subjects, render both styles on white with small jitters; and pictures as tensors."""
+"""Stage "data": choose subjects, render both styles in several ways; and pictures as tensors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from PIL import Image
 from recipes.demo_checkpoint.options import Options
 
 SIZE_PX = 64
-VARIANTS = 9  # jittered renderings of a picture; the first one has no jitter
+VARIANTS = 12  # renderings of a picture; the first one as it is
 STYLES = ("flat", "3d")
 HERE = Path(__file__).parent
 
-# which emoji are subjects, what they are called in prompts, which of them the text model learns; skipped_names,
+# which emoji are subjects, what they are called in prompts, which of them the text model learns; core_subjects: those
+# that the shipped checkpoint knows, more_core_subjects what this recipe teaches besides; skipped_names,
 # not_taught_names, typographic_words and no_prompt hold alternatives of a regular expression
 CHOICE: dict[str, Any] = json.loads((HERE / "subject_choice.json").read_text(encoding="utf-8"))
 SKIPPED_NAMES, NOT_TAUGHT_NAMES = (re.compile("|".join(CHOICE[key])) for key in ("skipped_names", "not_taught_names"))
@@ -87,19 +88,29 @@ def list_subjects(flat: Path, fluent: Path) -> list[dict]:
 
 
 def render(picture: Image.Image, variant: int, rng: np.random.Generator) -> np.ndarray:
-    """One 64-pixel rendering on white, uint8 [64, 64, 3]; variants above 0 have jitter."""
+    """One 64-pixel rendering, uint8 [64, 64, 3]: variant 0 in the middle on white, the others as chance has it.
+
+    They differ in size, place, side, the strength of their colours and, every second one, the tint of their background:
+    what the renderings have in common is what the seeds of a prompt will have in common.
+    """
     size_px, saturation, brightness, shift_px = 58, 1.0, 1.0, np.zeros(2, dtype=np.int64)
+    background = np.ones(3, dtype=np.float32)
     if variant:
-        size_px = int(rng.integers(56, 61))
+        size_px = int(rng.integers(44, 63))
         saturation, brightness = rng.uniform(0.4, 1.1), rng.uniform(0.92, 1.06)
-        shift_px = rng.integers(-1, 2, size=2)
+        room_px = (SIZE_PX - size_px) // 2
+        shift_px = rng.integers(-room_px, room_px + 1, size=2)
+        if rng.random() < 0.5:
+            picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if rng.random() < 0.5:
+            background = 1 - 0.15 * rng.random(3, dtype=np.float32)
     small = np.asarray(picture.resize((size_px, size_px), Image.Resampling.LANCZOS), dtype=np.float32) / 255
     colour, alpha = small[..., :3], small[..., 3:]
     luma = colour @ np.array([[0.299], [0.587], [0.114]], dtype=np.float32)
     colour = np.clip((luma + saturation * (colour - luma)) * brightness, 0, 1)
-    canvas = np.ones((SIZE_PX, SIZE_PX, 3), dtype=np.float32)
+    canvas = np.broadcast_to(background, (SIZE_PX, SIZE_PX, 3)).copy()
     top, left = (SIZE_PX - size_px) // 2 + shift_px
-    canvas[top : top + size_px, left : left + size_px] = colour * alpha + 1 - alpha
+    canvas[top : top + size_px, left : left + size_px] = colour * alpha + background * (1 - alpha)
     return (canvas * 255).round().astype(np.uint8)
 
 
@@ -132,7 +143,7 @@ def taught_rows(subjects: list[dict]) -> list[int]:
 
 
 def core_rows(subjects: list[dict]) -> list[int]:
-    names = set(CHOICE["core_subjects"])
+    names = {*CHOICE["core_subjects"], *CHOICE["more_core_subjects"]}
     return [row for row, subject in enumerate(subjects) if subject["name"] in names]
 
 

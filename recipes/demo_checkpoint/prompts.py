@@ -16,7 +16,7 @@ from recipes.demo_checkpoint.sampling import Sampler
 from spo.demo.subjects import load
 
 NO_PROMPT = re.compile("|".join(CHOICE["no_prompt"]))
-TRAINING_PROMPTS, HELD_OUT_PROMPTS, SELECTION_SEEDS = 200, 32, (0, 1, 2)
+TRAINING_PROMPTS, HELD_OUT_PROMPTS, SELECTION_SEEDS = 300, 32, (0, 1, 2)
 
 
 def choose_prompts(options: Options) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
@@ -15,50 +14,62 @@ from recipes.demo_checkpoint.networks import (
     build_text_encoder,
     build_unet,
     encode_text,
-    learning_rate,
     load_networks,
     parameter_count,
 )
 from recipes.demo_checkpoint.options import Options
 from recipes.demo_checkpoint.pictures import core_rows, load_subjects, taught_rows
+from recipes.demo_checkpoint.steps import AverageOf, learning_rate, precision_of, run_steps, updated
+from spo.files import write_whole
 
 
 def denoising_loss(
-    unet: Any, text_encoder: Any, latents: torch.Tensor, tokens: torch.Tensor, alpha_bar: torch.Tensor
+    unet: Any,
+    text_encoder: Any,
+    latents: torch.Tensor,
+    tokens: torch.Tensor,
+    alpha_bar: torch.Tensor,
+    device: torch.device,
 ) -> torch.Tensor:
-    """Epsilon loss with min-SNR weights (gamma 5, Hang et al. 2023), two stratified timesteps for each picture."""
+    """Epsilon loss with min-SNR weights (gamma 5, Hang et al. 2023), two stratified timesteps for each picture.
+
+    latents, tokens  on the CPU, where the noise is drawn, too; the networks compute on `device`
+    """
     count = len(latents)
     fraction = (torch.rand(count).repeat(2) + torch.tensor([0.0, 0.5]).repeat_interleave(count)) % 1
     t = (fraction * 1000).long().clamp(max=999)
     a = alpha_bar[t].float().view(-1, 1, 1, 1)
     noise = torch.randn(2 * count, *latents.shape[1:])
     noisy = a.sqrt() * latents.repeat(2, 1, 1, 1) + (1 - a).sqrt() * noise
-    context = encode_text(text_encoder, tokens).repeat(2, 1, 1)
-    error = (unet(noisy, t, context).sample - noise).square().mean((1, 2, 3))
-    snr = (a / (1 - a)).flatten()
+    context = encode_text(text_encoder, tokens.to(device)).repeat(2, 1, 1)
+    predicted = unet(noisy.to(device), t.to(device), context).sample.float()
+    error = (predicted - noise.to(device)).square().mean((1, 2, 3))
+    snr = (a / (1 - a)).flatten().to(device)
     return (snr.clamp(max=5) / snr * error).mean()
 
 
 def train_unet(options: Options) -> None:
-    """Train both networks for --unet-minutes of wall clock (the learning rate follows it), averaging weights."""
-    fit_unet(
-        options, CaptionedLatents(options, taught_rows(load_subjects(options.work))), build_unet(), build_text_encoder()
-    )
+    """unet.pt: both networks trained for --unet-steps on all subjects that are taught, their weights averaged."""
+    torch.manual_seed(0)
+    rows = taught_rows(load_subjects(options.work))
+    fit_unet(options, "unet", options.unet_steps, CaptionedLatents(options, rows), build_unet(), build_text_encoder())
 
 
 def train_unet_core(options: Options) -> None:
-    """Go on from the averaged weights with the core subjects alone, for --unet-minutes: fewer, but learned well."""
-    unet, text_encoder = load_networks(options.work)
+    """unet.pt: on from the averaged weights with the core subjects alone, for --core-steps: fewer, but learned well."""
+    unet, text_encoder = load_networks(options.work, "unet_all.pt")
     unet.train().requires_grad_(True)
     text_encoder.train().requires_grad_(True)
-    fit_unet(options, CaptionedLatents(options, core_rows(load_subjects(options.work))), unet, text_encoder)
+    rows = core_rows(load_subjects(options.work))
+    fit_unet(options, "unet_core", options.core_steps, CaptionedLatents(options, rows), unet, text_encoder)
 
 
-def fit_unet(options: Options, examples: CaptionedLatents, unet: Any, text_encoder: Any) -> None:
-    torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    networks = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
-    average = {name: tensor.clone() for name, tensor in networks.state_dict().items()}
+def fit_unet(
+    options: Options, stage: str, steps: int, examples: CaptionedLatents, unet: Any, text_encoder: Any
+) -> None:
+    device = options.place
+    networks = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
+    average = AverageOf(networks)
     optimizer = torch.optim.AdamW(networks.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-2)
     alpha_bar = alphas_cumprod()
     print(
@@ -66,42 +77,24 @@ def fit_unet(options: Options, examples: CaptionedLatents, unet: Any, text_encod
         f"{len(examples.rows)} subjects, {len(examples.tokens)} captions",
         flush=True,
     )
-    started_s, next_snapshot_s, losses = time.time(), 60 * options.snapshot_minutes, []
-    step, elapsed_s, limit_s = 0, 0.0, 60 * options.unet_minutes
-    while elapsed_s < limit_s:
-        optimizer.param_groups[0]["lr"] = learning_rate(elapsed_s / limit_s, options.unet_lr)
-        loss = denoising_loss(unet, text_encoder, *examples.draw(options.batch // 2, rng), alpha_bar)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(networks.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        update_average(average, networks, step)
-        losses.append(loss.item())
-        elapsed_s = time.time() - started_s
-        if step % 100 == 0:
-            print(f"step {step}: loss {np.mean(losses[-100:]):.4f} {elapsed_s:.0f} s", flush=True)
-        if elapsed_s > next_snapshot_s:
-            next_snapshot_s += 60 * options.snapshot_minutes
-            save_average(options, average)
-            export_snapshot(options)
-    save_average(options, average)
-    export_snapshot(options)
-    print(f"{step} steps of {options.batch} in {elapsed_s / 60:.1f} minutes, loss {np.mean(losses[-500:]):.4f}")
 
+    def step(number: int) -> dict[str, float]:
+        latents, tokens = examples.draw(options.batch // 2, np.random.default_rng(torch.initial_seed()))
+        with updated(optimizer, networks, learning_rate(number / steps, options.unet_lr)) as backward:
+            with precision_of(device):
+                loss = denoising_loss(unet, text_encoder, latents, tokens, alpha_bar, device)
+            backward(loss)
+        average.update(number + 1)
+        return {"loss": loss.item()}
 
-@torch.no_grad()
-def update_average(average: dict[str, torch.Tensor], networks: torch.nn.Module, step: int) -> None:
-    """Exponential moving average with decay 0.998, faster in the beginning."""
-    weight = 1 - min(0.998, (1 + step) / (10 + step))
-    for name, tensor in networks.state_dict().items():
-        if tensor.is_floating_point():
-            average[name].lerp_(tensor, weight)
+    def saved() -> None:
+        weights = {name: tensor.cpu() for name, tensor in average.weights.items()}
+        for name in ("unet.pt", *(["unet_all.pt"] if stage == "unet" else [])):
+            write_whole(options.work / name, lambda temporary: torch.save(weights, temporary))
+        export_snapshot(options)
 
-
-def save_average(options: Options, average: dict[str, torch.Tensor]) -> None:
-    torch.save(average, options.work / "unet.tmp")
-    (options.work / "unet.tmp").replace(options.work / "unet.pt")
+    objects = {"networks": networks, "average": average, "optimizer": optimizer}
+    run_steps(stage, steps, objects, step, work=options.work, save_every=options.save_every, saved=saved)
 
 
 def export_snapshot(options: Options) -> None:

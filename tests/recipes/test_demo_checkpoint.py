@@ -14,8 +14,15 @@ from recipes.demo_checkpoint import prompts as prompt_stages
 from recipes.demo_checkpoint.checkpoint import config_yaml, schedule_buffers
 from recipes.demo_checkpoint.ldm_names import ldm_text_name, ldm_unet_name, ldm_vae_name
 from recipes.demo_checkpoint.make_checkpoint import STAGES, main
-from recipes.demo_checkpoint.networks import TEXT_CONFIG, build_text_encoder, build_unet, build_vae
-from recipes.demo_checkpoint.pictures import CHOICE, clean_name, is_subject, is_taught
+from recipes.demo_checkpoint.networks import (
+    SHIPPED_VAE,
+    TEXT_CONFIG,
+    build_text_encoder,
+    build_unet,
+    build_vae,
+    parameter_count,
+)
+from recipes.demo_checkpoint.pictures import CHOICE, clean_name, is_subject, is_taught, render
 from spo.demo.judge import HERE, held_out
 from spo.demo.subjects import load
 from spo.prompts import read_prompts
@@ -26,11 +33,11 @@ ENTRY = {"has_img_google": True, "category": "Animals & Nature", "subcategory": 
 @pytest.fixture(scope="module")
 def networks():
     with torch.device("meta"):
-        return build_unet(), build_vae(), build_text_encoder()
+        return build_unet(), build_vae(SHIPPED_VAE), build_text_encoder()
 
 
 def test_the_configuration_is_the_demos():
-    assert config_yaml() == (HERE / "demo.yaml").read_text(encoding="utf-8")
+    assert config_yaml(SHIPPED_VAE) == (HERE / "demo.yaml").read_text(encoding="utf-8")
     saved = json.loads((HERE / "text_encoder_config.json").read_text(encoding="utf-8"))
     assert {name: saved[name] for name in TEXT_CONFIG} == TEXT_CONFIG
 
@@ -49,6 +56,29 @@ def test_the_networks_have_the_demos_names_and_shapes(networks):
     assert {name: [side for side in shape if side != 1] for name, shape in ours.items()} == {
         name: shape for name, shape in squeezed.items() if "position_ids" not in name
     }
+
+
+def test_the_next_file_keeps_within_25_mb_and_no_group_of_its_norms_is_one_channel(networks):
+    unet, _, text_encoder = networks
+    with torch.device("meta"):
+        vae = build_vae()
+    assert 2 * sum(parameter_count(network) for network in (unet, vae, text_encoder)) < 24_000_000
+    norms = [module for module in vae.modules() if isinstance(module, torch.nn.GroupNorm)]
+    assert norms and all(norm.num_channels >= 2 * norm.num_groups for norm in norms)
+
+
+def test_more_subjects_are_taught_and_none_twice():
+    core, more = CHOICE["core_subjects"], CHOICE["more_core_subjects"]
+    assert len({*core, *more}) == len(core) + len(more) >= 300
+
+
+def test_renderings_of_one_picture_differ_in_place_and_background():
+    picture = Image.new("RGBA", (64, 64), (200, 30, 30, 255))
+    rng = np.random.default_rng(0)
+    plain, *others = (render(picture, variant, rng) for variant in range(12))
+    assert (plain[0, 0] == 255).all() and (plain[32, 32] == (200, 30, 30)).all()
+    assert len({other[:2].tobytes() for other in others}) > 4  # the corner is background, mostly
+    assert len({(other[32] != other[32, 0]).any(1).argmax() for other in others}) > 4  # where the picture begins
 
 
 def test_the_demos_prompts_are_core_subjects():
@@ -118,12 +148,14 @@ def test_every_stage_runs(emoji, monkeypatch):
     monkeypatch.setattr(prompt_stages, "SELECTION_SEEDS", (0,))
     monkeypatch.setitem(CHOICE, "checked_prompts", [])
     folders = [f"--flat={emoji / 'flat'}", f"--fluent={emoji / 'fluent'}", f"--work={emoji / 'work'}"]
-    lengths = ["--vae-steps=1", "--vae-colour-steps=1", "--unet-minutes=1e-6", "--classifier-minutes=1e-6", "--batch=4"]
+    steps = [f"--{name}-steps=1" for name in ("vae", "unet", "core", "classifier")]
+    lengths = [*steps, "--batch=4", "--device=cpu", "--save-every=1"]
     results = [f"--out={emoji / 'out'}", f"--snapshots={emoji / 'snapshots'}", "--threads=1"]
-    order = ("data", "vae", "vae_colour", "encode", "unet", "unet_core", "export", "classifier", "prompts", "sheet")
-    assert set(order) == set(STAGES)
-    for stage in order:
-        main([stage, *folders, *lengths, *results])
+    main(["all", *folders, *lengths, *results])
+    assert json.loads((emoji / "work" / "done.json").read_text()) == list(STAGES)
+    written = (emoji / "out" / "demo.safetensors").stat().st_mtime_ns
+    main(["all", *folders, *lengths, *results])  # which has nothing left to do
+    assert (emoji / "out" / "demo.safetensors").stat().st_mtime_ns == written
     assert {path.name for path in (emoji / "out").iterdir()} == {
         "demo.safetensors", "demo.yaml", "text_encoder_config.json", "subject_classifier.safetensors", "prompts.txt",
         "prompts_heldout.txt", "contact_sheet.png",
