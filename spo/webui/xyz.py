@@ -1,7 +1,9 @@
-"""X/Y/Z plot axes: which SPO LoRA, which of its stages, at what weight.
+"""X/Y/Z plot axes: which SPO LoRA, which of its stages, at what weight; and which taste is followed, how, how far.
 
-An axis only rewrites the prompt's `<lora:...>` of LoRAs made by SPO; others stay. The plot applies its axes one after
-another to a copy of the processing object, so each axis leaves there what it chose, and their order does not matter.
+An axis of LoRAs only rewrites the prompt's `<lora:...>` of those made by SPO; others stay. The plot applies its axes
+one after another to a copy of the processing object, so each leaves there what it chose, and their order does not
+matter.
+An axis of taste switches the script "SPO taste" on for its cells; what no axis says is as in the script's fields.
 """
 
 from __future__ import annotations
@@ -12,9 +14,15 @@ from typing import Any
 
 from spo.errors import SpoError, nearest
 from spo.runs.layout import split_stage
-from spo.webui import a1111
+from spo.webui import a1111, taste
 
 LORA, STAGE, WEIGHT = "[SPO] LoRA", "[SPO] stage", "[SPO] weight"
+TASTE = {  # field of the taste's request -> label
+    "model": "[SPO] taste",
+    "how": "[SPO] taste mode",
+    "strength": "[SPO] taste strength",
+    "candidates": "[SPO] taste K",
+}
 NONE = "None"
 MAX_WEIGHT = 10.0
 _TAG = re.compile(r"\s*<lora:([^:>]+)(?::([^>]*))?>")
@@ -42,6 +50,18 @@ def _options(axis_option: Callable[..., Any]) -> Iterator[Any]:
         WEIGHT, float, _apply_weight, format_value=lambda p, option, x: f"weight {x:g}", confirm=_confirm_weight,
         cost=0.2,
     )  # fmt: skip
+    yield axis_option(
+        TASTE["model"], str, _apply_taste("model"), format_value=_taste_name, confirm=_confirm_taste("model"), cost=0.1,
+        choices=lambda: [NONE, *taste.choices_of_models()],
+    )  # fmt: skip
+    yield axis_option(
+        TASTE["how"], str, _apply_taste("how"), format_value=lambda p, option, how: how,
+        confirm=_confirm_taste("how"), choices=lambda: list(taste.WAYS),
+    )  # fmt: skip
+    for name, number in (("strength", float), ("candidates", int)):
+        yield axis_option(
+            TASTE[name], number, _apply_taste(name), format_value=_taste_number, confirm=_confirm_taste(name)
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ choices
@@ -180,3 +200,35 @@ def with_lora(prompt: str, ours: set[str], chosen: str | None, weight: float | N
     if chosen == NONE:
         return rest.strip() if mine else rest
     return f"{rest.rstrip()} {tag_text(chosen, mine[0][2] if mine else None)}".lstrip()
+
+
+# ---------------------------------------------------------------------------------------------------------------- taste
+
+
+def _apply_taste(name: str) -> Callable[[Any, Any, Sequence[Any]], None]:
+    def apply(p: Any, value: Any, _: Sequence[Any]) -> None:
+        p.spo_taste = {**getattr(p, "spo_taste", {}), name: value}
+
+    return apply
+
+
+def _confirm_taste(name: str) -> Callable[[Any, Sequence[Any]], None]:
+    def confirm(p: Any, values: Sequence[Any]) -> None:
+        if not values:
+            raise SpoError(f"{TASTE[name]} has no value; give one or more.")
+        for value in values:
+            taste.request_of([{name: value}], {})
+            if name == "model":
+                known = [NONE, *taste.choices_of_models()]
+                if value not in known:
+                    raise SpoError(f'{TASTE[name]}: there is no "{value}" in models/SPO{nearest(value, known)}.')
+
+    return confirm
+
+
+def _taste_name(p: Any, option: Any, name: str) -> str:
+    return "no taste" if name == NONE else name.removesuffix(".safetensors")
+
+
+def _taste_number(p: Any, option: Any, value: float) -> str:
+    return f"{option.label.removeprefix('[SPO] ')} {value:g}"

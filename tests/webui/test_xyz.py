@@ -51,11 +51,12 @@ def axis(plot, label):
 
 def test_axes_are_added_once(plot):
     xyz.add_axes()
-    assert [option.label for option in plot.axis_options] == ["[SPO] LoRA", "[SPO] stage", "[SPO] weight"]
+    labels = ["LoRA", "stage", "weight", "taste", "taste mode", "taste strength", "taste K"]
+    assert [option.label for option in plot.axis_options] == [f"[SPO] {label}" for label in labels]
     assert all(type(option) is AxisOption for option in plot.axis_options)  # a subclass breaks the plot's page
     plot.axis_options = []  # as after Reload UI
     xyz.add_axes()
-    assert len(plot.axis_options) == 3
+    assert len(plot.axis_options) == len(labels)
 
 
 def test_choices(plot):
@@ -207,3 +208,37 @@ def test_in_the_real_plot(trained, monkeypatch, swapped):
     p = SimpleNamespace(prompt="a fox", scripts=None, script_args=None)
     with pytest.raises(SpoError, match="name one in the prompt"):
         script.current_axis_options[places[xyz.WEIGHT]].confirm(p, [1.0])
+
+
+# ---------------------------------------------------------------------------------------------------------------- taste
+
+
+def test_axes_of_taste_leave_what_they_chose_to_the_script(plot, monkeypatch):
+    monkeypatch.setattr(xyz.taste, "choices_of_models", lambda: ["mine.safetensors", "demo"])
+    model, strength = axis(plot, xyz.TASTE["model"]), axis(plot, xyz.TASTE["strength"])
+    how, count = axis(plot, xyz.TASTE["how"]), axis(plot, xyz.TASTE["candidates"])
+    assert model.choices() == ["None", "mine.safetensors", "demo"] and how.choices() == ["Steer", "Choose"]
+    p = SimpleNamespace(prompt="a")
+    for option, value in ((strength, 0.5), (model, "mine.safetensors")):
+        cell = copy(p)
+        option.apply(cell, value, [value])
+        p, first = cell, p
+        assert getattr(first, "spo_taste", {}) != cell.spo_taste  # the plot's copies share what is not replaced
+    assert p.spo_taste == {"strength": 0.5, "model": "mine.safetensors"}
+    assert xyz.taste.request_of([False, "", "Steer", 1.0, 4], p.spo_taste).strength == 0.5
+    assert (
+        model.format_value(p, model, "mine.safetensors") == "mine"
+        and model.format_value(p, model, "None") == "no taste"
+    )
+    assert strength.format_value(p, strength, 0.5) == "taste strength 0.5"
+    for option, values in ((model, ["None", "demo"]), (strength, [0.0, -1.0]), (how, ["choose"]), (count, [2, 16])):
+        option.confirm(p, values)
+    for option, values, says in (
+        (model, ["mime.safetensors"], 'did you mean "mine.safetensors"'),
+        (strength, [3.0], "accepted are -2 to 2"),
+        (how, ["drive"], "accepted are Steer and Choose"),
+        (count, [1], "accepted are 2 to 16"),
+        (count, [], "has no value"),
+    ):
+        with pytest.raises(SpoError, match=says):
+            option.confirm(p, values)

@@ -28,6 +28,13 @@ from spo.webui.a1111.checkpoint import (
     swap_back,
     tensors_of,
 )
+from spo.webui.a1111.loop import (
+    LoopChange,
+    OwnLoop,
+    SamplerPass,
+    predictions_shifted,
+    script_class,
+)
 from spo.webui.a1111.loras import (
     KnownLora,
     known_loras,
@@ -112,9 +119,12 @@ __all__ = [
     "EncodedPrompts",
     "Glance",
     "KnownLora",
+    "LoopChange",
+    "OwnLoop",
     "OwnSampling",
     "PictureRequest",
     "Pictures",
+    "SamplerPass",
     "StepConditioning",
     "activate_networks",
     "api_auth",
@@ -160,6 +170,7 @@ __all__ = [
     "other_left_loaded",
     "others_wait",
     "pinned",
+    "predictions_shifted",
     "prompt_of_picture",
     "prompt_text",
     "refresh_button",
@@ -170,6 +181,7 @@ __all__ = [
     "report",
     "sampler_names",
     "save_grid",
+    "script_class",
     "set_gradient_checkpointing",
     "show_progress",
     "style_names",

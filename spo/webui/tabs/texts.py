@@ -12,7 +12,9 @@ from spo.webui.tabs import page
 
 _TAG = re.compile(r"<[^>]*>")
 _NO_WORDS = re.compile(r"[\W\d_]*")
-_IN_WORDS = ("spo_preset", "spo_memory", "spo_strength", "spo_vote_size", "spo_vote_how")  # their choices are words
+_IN_WORDS = (  # their choices are words
+    "spo_preset", "spo_memory", "spo_strength", "spo_vote_size", "spo_vote_how", "spo_taste_txt2img_how",
+)  # fmt: skip
 
 
 def texts(block: Any) -> list[str]:
