@@ -131,6 +131,11 @@ class PreferenceConfig:
         "float16",
         "bfloat16",
     )
+    live_votes: str = _setting(
+        "",
+        "the folder of votes (in the tab: their name) that the taste head is refitted to while training, and for "
+        "which the run makes pictures; none: the head stays as it is",
+    )
     pairs: str = _setting(
         "", "with method dpo: a folder of labelled pairs or of votes, or parquet files; none: made from the checkpoint"
     )

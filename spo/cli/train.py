@@ -24,6 +24,7 @@ from spo.prompts import read_prompts
 from spo.report.curves import curves
 from spo.training.finished_pairs import prompts_of_pairs
 from spo.training.judges import load_judges, with_judges
+from spo.training.live_taste import live_taste
 from spo.training.loop import check_output, train
 from spo.training.memory import loaded_scorer
 
@@ -102,9 +103,10 @@ def train_headless(config: Config, prompts: Sequence[str], *, resume: bool) -> i
     with progress_bar() as watcher:
         preference = None
         if config.preference.preference:
-            preference = loaded_scorer(
+            loaded = loaded_scorer(
                 lambda: load_preference(config, host.device, host.architecture, watcher.log), watcher.log
             )
+            preference = live_taste(config, loaded, say=watcher.log)
         judges = loaded_scorer(lambda: load_judges(config, host, watcher.log), watcher.log)
         report = train(host, config, prompts, preference, watcher, resume=resume, judges=judges)
     picture = report.files.curves

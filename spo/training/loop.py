@@ -49,6 +49,7 @@ from spo.training.average import AverageWeights
 from spo.training.finished_pairs import finished_pairs, noised, prompts_of_pairs
 from spo.training.gradient import accumulate_gradient, configured_loss
 from spo.training.host import Host, rollout_settings
+from spo.training.live_taste import LiveTaste
 from spo.training.memory import (
     Portion,
     Portions,
@@ -167,6 +168,9 @@ def train(
             "statistics": statistics,
             **({"stages": stages} if validation else {}),
         }
+        live = preference if isinstance(preference, LiveTaste) else None
+        if live is not None:
+            survivors["taste"] = live
         average = AverageWeights(adapter, config.rollout.rollout_average)
         if average.decay:
             survivors["average"] = average
@@ -304,6 +308,8 @@ def train(
                         break
                     rolled_out = True
                     tick = time.monotonic()
+                    if live is not None and live.before_rollout(host, config, prompts, position.batch):
+                        save()
                     batch_prompts, seeds = batch_of(position.batch, prompts, config)
                     new_pairs: Pairs | None
                     pools: Sequence[PoolScores] = ()

@@ -58,20 +58,26 @@ class WaitingPools:
 
     def all(self, fits: Callable[[VotePool], bool]) -> list[VotePool]:
         """Those that fit, the oldest first. What is damaged, or has been voted on, is deleted."""
+        return [pool for pool in self._pools(delete=True) if fits(pool)]
+
+    def to_vote_on(self) -> list[VotePool]:
+        """Those without a vote, the oldest first; nothing is deleted, since another may be writing or showing it."""
+        return self._pools(delete=False)
+
+    def _pools(self, *, delete: bool) -> list[VotePool]:
         voted = {vote.id for vote in self.votes.votes()}
         pools = []
-        for place in sorted(self.path.glob("*"), key=lambda one: one.stat().st_mtime_ns):
+        for place in sorted(self.path.glob("*"), key=_made_at):
             try:
                 if place.name.startswith(_UNFINISHED):
                     raise ValueError("unfinished")
                 pool = self._read(place)
                 if voted & _ids(pool):
                     raise ValueError("voted on")
-            except (SpoError, OSError, ValueError, KeyError, TypeError):
-                shutil.rmtree(place, ignore_errors=True)
-                continue
-            if fits(pool):
                 pools.append(pool)
+            except (SpoError, OSError, ValueError, KeyError, TypeError):
+                if delete:
+                    shutil.rmtree(place, ignore_errors=True)
         return pools
 
     def remove(self, pool: VotePool) -> None:
@@ -91,6 +97,13 @@ class WaitingPools:
         if len(latents) != len(pictures) or not all(path.is_file() for path in pictures):
             raise ValueError("incomplete")
         return VotePool(**{**facts, "latents": latents, "pictures": pictures, "seeds": tuple(facts["seeds"])})
+
+
+def _made_at(place: Path) -> int:
+    try:
+        return place.stat().st_mtime_ns
+    except OSError:  # got its name, or was deleted, meanwhile
+        return 0
 
 
 def _ids(pool: VotePool) -> set[str]:

@@ -70,6 +70,7 @@ class Job:
     first_samples  of a training run, from before its first update: the newest ones are seen below them
     statistics, page  of a comparison: its table with intervals, and the page that shows it with pictures
     example    of a training run: what to look at its LoRA with
+    live_votes  of a training run: the folder of votes that its taste head is refitted to; "": none
     made_way   the work returned unfinished to let others have the queue; it is called again when its turn comes
     """
 
@@ -96,6 +97,7 @@ class Job:
     looked_at_s: float = 0.0
     begun_s: float = field(default_factory=time.time)
     stop_wanted: str = ""
+    live_votes: str = ""
     made_way: bool = False
     sample_wanted: bool = False
 

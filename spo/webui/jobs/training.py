@@ -28,12 +28,14 @@ from spo.prompts import read_prompts
 from spo.report.curves import curves
 from spo.runs.layout import RunFiles
 from spo.training.judges import load_judges, with_judges
+from spo.training.live_taste import live_taste
 from spo.training.loop import TrainingReport, check_output, train
 from spo.training.memory import loaded_scorer
 from spo.webui import a1111, cards, folders, runs
 from spo.webui.host import borrowed
 from spo.webui.jobs.job import Example, Job, PoolPictures, ready_checkpoint, start
 from spo.webui.jobs.memory import memory_text
+from spo.webui.jobs.voting import fitted_on_device, votes_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,6 +124,8 @@ def prepare(request: TrainingRequest) -> Prepared:
         raise SpoError("There are no prompts; write some, one a line, choose a file, or take the bundled list.")
     if not request.resume or "preference" in request.settings:
         values["preference"] = folders.preference_path(str(values.get("preference", "") or ""))
+    if request.settings.get("live_votes"):
+        values["live_votes"] = str(votes_folder(str(request.settings["live_votes"])))
     for role in ("judge", "adherence"):
         if role in request.settings:
             values[role] = folders.stage_judge_path(str(request.settings[role] or ""))
@@ -242,6 +246,7 @@ def _train(job: Job, prepared: Prepared, resume: bool) -> None:
 
     config = prepared.config
     job.example = example_of(config, prepared.prompts)
+    job.live_votes = config.preference.live_votes
     again = job.made_way
     say = job.show if again else job.say
     say(f"Loading the preference model {Path(config.preference.preference).name} ...")
@@ -250,6 +255,7 @@ def _train(job: Job, prepared: Prepared, resume: bool) -> None:
         with warnings.catch_warnings(record=True) as doubts:
             warnings.simplefilter("always", UserWarning)
             preference = loaded_scorer(lambda: load_preference(config, host.device, host.architecture, say), job.say)
+            preference = live_taste(config, preference, fitted_on_device, job.say)
             config = with_judges(config, host.architecture, prepared.prompts)
             judges = loaded_scorer(lambda: load_judges(config, host, say), job.say)
         for warning in doubts:

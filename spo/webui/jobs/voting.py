@@ -2,6 +2,9 @@
 
 A thread makes pictures while the user looks, a few at a time in the WebUI's queue, so that generation goes on in
 between. They wait on disk: whoever made many ahead votes at the speed of the eye, today or tomorrow.
+
+While a run trains on a head that is refitted to these votes (`live_votes`), it makes the pictures, by the policy as it
+is, and fits the head; the voting only shows what the run lays out on disk.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from spo.preference.taste.head import TasteHead, choose_pair, save_taste
 from spo.preference.taste.votes import Vote, VoteFolder, VotePair, VotePool, comparisons
 from spo.preference.taste.waiting import WaitingPools
 from spo.rng import permutation, stable_seed
+from spo.training.live_taste import policy_name
 from spo.training.memory import free_memory, is_out_of_memory
 from spo.training.vote_pairs import make_pools
 from spo.webui import a1111, folders
@@ -49,6 +53,7 @@ FIT_EVERY = 25
 FIRST_FIT = 50
 UNDO_DEPTH = 20  # pairs and pools that come back by undo; all votes stay on disk
 _MAKING_FIRST = "Making the first pictures ..."
+_LOOK_EVERY_S = 1.0  # for what a run has laid out
 _LOOKED_AT = 32  # of those made ahead, from which the one that teaches most is taken
 
 
@@ -81,12 +86,14 @@ class Session:
     """One user's voting. Methods are called by the page; `_work` by the thread.
 
     pool      to vote on, None while none is ready; ready: made ahead; past: the last ones, each with its votes' count
+    run       the training run that makes the pictures and fits the head; None: this session does
     message   one sentence for the user; report: of the last fit; checkpoint: its name and hash
     """
 
     request: VotingRequest
     config: Config
     checkpoint: tuple[str, str] = ("", "")
+    run: job.Job | None = None
     message: str = _MAKING_FIRST
     pool: VotePool | None = None
     ready: list[VotePool] = field(default_factory=list)
@@ -161,7 +168,7 @@ class Session:
 
     def _fit_now_and_then(self) -> None:
         count = sum(1 for vote in self.votes.votes() if vote.answer != "skip")
-        if count >= self._next_fit and not self.fitting:
+        if count >= self._next_fit and not self.fitting and self.run is None:
             self._next_fit, self.fitting = count + FIT_EVERY, True
             threading.Thread(target=self._fit, name="spo fit", daemon=True).start()
 
@@ -174,11 +181,29 @@ class Session:
 
     def _work(self) -> None:
         try:
+            if self.run is not None:
+                return self._show_those_of(self.run)
             self._make_ready(self.waiting.all(self._fits))
             while self._has_to_make():
                 self._make_ready([self.waiting.add(pool) for pool in self._make_pools(1 if self.pool is None else 2)])
         except Exception as error:  # the thread's edge: it reaches the user as the message
             self._report_failure(error)
+
+    def _show_those_of(self, run: job.Job) -> None:
+        """Take what the run lays out, until either ends."""
+        policy = policy_name(self.checkpoint[0], run.name.rsplit("/", 1)[-1])
+        known: set[str] = set()
+        while run.live:
+            new = [
+                pool for pool in self.waiting.to_vote_on() if pool.checkpoint_name == policy and pool.id not in known
+            ]
+            known |= {pool.id for pool in new}
+            self._make_ready(new)
+            with self._wake:
+                if self._wake.wait_for(lambda: self.ended, timeout=_LOOK_EVERY_S):
+                    return
+        self.message = f'"{run.name}" has ended, and with it the voting on its pictures; the votes are on disk.'
+        self.ended = True
 
     def _has_to_make(self) -> bool:
         """Waits until something is lacking, or the voting has ended."""
@@ -242,7 +267,7 @@ class Session:
 
     def _fit(self) -> None:
         try:
-            fitted = _fitted(read_vote_set(self.votes), self.request.folder)
+            fitted = fitted_on_device(read_vote_set(self.votes), self.request.folder)
             self.head, self.report, self.message = fitted.head, fitted.report, ""
         except SpoError as error:
             self.message = str(error)
@@ -292,12 +317,13 @@ def start(request: VotingRequest) -> Session:
     if request.from_step is not None and not 0 <= request.from_step < last:
         raise SpoError(f"The step where pictures part ways is {request.from_step}; accepted is 0 to {last - 1}.")
     running = job.current()
-    if running is not None and running.live:
-        raise SpoError(f'"{running.name}" is still going on; stop it or wait for its end.')
+    run = running if running is not None and running.live else None
+    if run is not None and run.live_votes != str(votes_folder(request.folder)):
+        raise SpoError(f'"{run.name}" is still going on; stop it or wait for its end.')
     if _session is not None:
         _session.end()
     checkpoint = a1111.loaded_checkpoint()
-    _session = Session(replace(request, prompts=prompts), config, (checkpoint.name, checkpoint.hash))
+    _session = Session(replace(request, prompts=prompts), config, (checkpoint.name, checkpoint.hash), run)
     thread = threading.Thread(target=_session._work, name="spo voting", daemon=True)
     _threads[:] = [one for one in _threads if one.is_alive()] + [thread]
     thread.start()
@@ -364,13 +390,13 @@ def fit(folder: str, name: str, beside: Sequence[str] = ()) -> str:
     place = VoteFolder(votes_folder(folder))
     votes = read_vote_set(place)
     others = [load(folders.preference_path(one), architecture=votes.architecture) for one in beside]
-    fitted = _fitted(votes, name, [accuracy_of(one, place, votes) for one in others])
+    fitted = fitted_on_device(votes, name, [accuracy_of(one, place, votes) for one in others])
     path.parent.mkdir(parents=True, exist_ok=True)
     save_taste(fitted.head, path)
     return f"{fitted.report.text()}\n\nSaved as {path.name}: choose it as the preference model in the Train tab."
 
 
-def _fitted(votes: VoteSet, name: str, others: Sequence[HeldOutAccuracy] = ()) -> FittedTaste:
+def fitted_on_device(votes: VoteSet, name: str = "taste", others: Sequence[HeldOutAccuracy] = ()) -> FittedTaste:
     """On the WebUI's device, beside whatever it does; on the CPU when the device has no room left for it."""
     try:
         return fit_taste(votes, name=name, others=others, device=a1111.device())

@@ -37,6 +37,7 @@ _LABELS = {
     "replace": "Replace the LoRA of that name",
     "judge": "Held-out judge",
     "adherence": "Judge of adherence",
+    "live_votes": "Train while voting",
     "validate_every": "Judge every, in updates",
     "validate_prompts": "Prompts of the judged pictures",
     "validate_pictures": "Pictures of each prompt",
@@ -58,7 +59,7 @@ _GROUP_OF = {
     **dict.fromkeys(
         ("candidates", "inner_steps", "divert_start_step", "timestep_min", "timestep_max", "threshold"), "Pairs"
     ),
-    **dict.fromkeys(("threshold_noisiest", "rollout_average", "teaching_share"), "Pairs"),
+    **dict.fromkeys(("live_votes", "threshold_noisiest", "rollout_average", "teaching_share"), "Pairs"),
     **dict.fromkeys(("method", "pairs_per_prompt", "prompts_per_batch", "pairs_per_update", "carry_pairs"), "Pairs"),
     **dict.fromkeys(("prompts_per_call", "candidates_per_call", "decode_batch", "pairs_per_call"), "Memory"),
 }

@@ -188,3 +188,41 @@ def test_two_pictures_of_ones_own(models, name, architecture):
         voting.add_pictures("mine", "a fox", left, right.resize((64, 64)), "left")
     with pytest.raises(SpoError, match="prompt is missing"):
         voting.add_pictures("mine", " ", left, right, "left")
+
+
+def test_a_run_that_follows_the_votes_makes_the_pictures(no_webui, monkeypatch):
+    """The session shows what the run lays out, and nothing else; it ends with the run."""
+    run = job.Job("training", "sub/mine", "spo")
+    run.phase, run.live_votes = "working", str(voting.votes_folder("mine"))
+    session = session_of(no_webui, monkeypatch, size=2)
+    session.run = run
+    monkeypatch.setattr(voting, "_LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(session, "_make_pools", lambda count: pytest.fail("made pictures beside the run"))
+    session.waiting.add(pool(1, size=2))  # of the bare checkpoint
+    thread = threading.Thread(target=session._work)
+    thread.start()
+    for seed in (2, 3):
+        session.waiting.add(pool(seed, size=2, checkpoint="dream + mine"))
+    wait_for(lambda: session.pool is not None and len(session.ready) == 1)
+    session.answer("left")
+    assert session.pool.id == pool(3, size=2).id and not session.fitting
+    wait_for(lambda: not session.ready)
+    run.phase = "finished"
+    thread.join(10)
+    assert session.ended and '"sub/mine" has ended' in session.message
+    assert [vote.checkpoint_name for vote in session.votes.votes()] == ["dream + mine"]
+
+
+def test_voting_beside_a_run_of_other_votes_waits_for_its_end(no_webui, monkeypatch):
+    checkpoint = a1111.Checkpoint(None, None, "dream", "0" * 10, Path("dream.safetensors"), "sd15", "epsilon", "")
+    monkeypatch.setattr(job, "ready_checkpoint", lambda: checkpoint)
+    monkeypatch.setattr(a1111, "loaded_checkpoint", lambda: checkpoint)
+    run = job.Job("training", "mine", "spo")
+    run.phase, run.live_votes = "working", str(voting.votes_folder("others"))
+    monkeypatch.setattr(job, "current", lambda: run)
+    with pytest.raises(SpoError, match='"mine" is still going on'):
+        voting.start(voting.VotingRequest("mine", ["a fox"], width=64, height=64))
+    session = voting.start(voting.VotingRequest("others", ["a fox"], width=64, height=64))
+    assert session.run is run
+    run.phase = "finished"
+    voting.end()
