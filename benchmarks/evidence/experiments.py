@@ -81,10 +81,17 @@ def dpo(seed: int) -> list[Run]:
     ]
 
 
+def second_taste(seed: int) -> list[Run]:
+    """Sharp over blurred, which strength of colour cannot cheat."""
+    stops = (BUDGET // 2, BUDGET)
+    return [Run("second taste", "sharpness", seed, {"learning_rate": RATE}, stops=stops, rule="sharpness")]
+
+
 EXPERIMENTS: dict[str, Callable[[int], list[Run]]] = {
     "learning_rate": learning_rates,
     "ablations": ablations,
     "options": options,
     "dpo_rates": dpo_rates,
     "dpo": dpo,
+    "second_taste": second_taste,
 }

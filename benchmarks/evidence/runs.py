@@ -28,7 +28,7 @@ from torch import Tensor
 from benchmarks.evidence import ablations
 from spo.algorithm.preference import PreferenceModel
 from spo.demo.judge import HERE, held_out
-from spo.demo.rule import colourfulness
+from spo.demo.rule import RULES
 from spo.demo.run import demo_config
 from spo.demo.subjects import SubjectClassifier
 from spo.demo.subjects import load as load_classifier
@@ -55,6 +55,8 @@ class Run:
     changes   settings that differ from the demo preset's
     wrapper   what the product has no setting for, see `ablations`; "" for nothing
     stops     costs in evaluations at which it is judged; the last one ends it
+    rule      of `spo.demo.rule`, by which it is judged. Of another than the demo's, training follows the preference
+              model FOLDER/RULE.safetensors, which `recipes.demo_checkpoint.make_preference --rule RULE` fits
     """
 
     experiment: str
@@ -63,6 +65,7 @@ class Run:
     changes: Mapping[str, Any] = field(default_factory=dict)
     wrapper: str = ""
     stops: tuple[int, ...] = (6300,)
+    rule: str = "colourfulness"
 
     @property
     def name(self) -> str:
@@ -102,7 +105,8 @@ def count_evaluations(network: torch.nn.Module, counts: Evaluations) -> Any:
 class EvidenceJudge:
     """Judges 64 held-out pictures: rule of taste, subject, and how much the two seeds of a prompt differ."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, rule: str = "colourfulness") -> None:
+        self.rule = RULES[rule]
         self.classifier: SubjectClassifier = load_classifier(HERE / "subject_classifier.safetensors")
         self.prompts, self.seeds = held_out(JUDGED)
         self.base = work / "base.safetensors"
@@ -120,7 +124,7 @@ class EvidenceJudge:
             features = self.classifier.network.features(pixels.float()).mean((2, 3))
         first, second = features[: JUDGED // 2], features[JUDGED // 2 :]
         diversity = 1 - torch.nn.functional.cosine_similarity(first, second, dim=1)
-        tensors = {"taste": colourfulness(pixels), "recognised": recognised, "diversity": diversity}
+        tensors = {"taste": self.rule(pixels), "recognised": recognised, "diversity": diversity}
         return {name: [round(value, 5) for value in values.tolist()] for name, values in tensors.items()}
 
     def of_base(self, host: HeadlessHost) -> dict[str, list[float]]:
@@ -141,6 +145,8 @@ def run_one(run: Run, work: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
     alone = {"sample_every": 0, "save_every": 0, "validate_every": 0, "steps": 1_000_000}  # this judge decides alone
     changes = {"seed": run.seed, **alone}
+    if run.rule != "colourfulness":
+        changes["preference"] = str(work / f"{run.rule}.safetensors")
     config = demo_config(folder, {**changes, **run.changes})
     output = Path(config.run.output)
     folder.mkdir(parents=True)
@@ -149,7 +155,7 @@ def run_one(run: Run, work: Path) -> Path:
     preference = load_preference(config, host.device, host.architecture)
     if config.loss.method == "dpo":
         shutil.copytree(data_set(host, preference, work), RunFiles.of(output).pairs)
-    judge = EvidenceJudge(work)
+    judge = EvidenceJudge(work, run.rule)
     rows: list[dict[str, Any]] = [{"evaluations": asdict(Evaluations()), "updates": 0, "judged": judge.of_base(host)}]
     counts = Evaluations()
     with ExitStack() as while_training:
@@ -176,7 +182,7 @@ def run_one(run: Run, work: Path) -> Path:
     taste = [sum(row["judged"]["taste"]) / JUDGED for row in rows]
     kept = sum(last["judged"]["recognised"]) / JUDGED
     print(
-        f"{run.name}: taste {taste[0]:.1f} -> {', '.join(f'{one:.1f}' for one in taste[1:])}, subjects {kept:.0%}, "
+        f"{run.name}: taste {taste[0]:.4g} -> {', '.join(f'{one:.4g}' for one in taste[1:])}, subjects {kept:.0%}, "
         f"{last['updates']} updates, {counts.total} evaluations, {facts['seconds']:.0f} s",
         flush=True,
     )

@@ -1,9 +1,9 @@
 """Fit the demo's preference model to pairs that the rule of taste labelled, by the paper's recipe.
 
-    python -m recipes.demo_checkpoint.make_preference --output spo/demo/preference.safetensors
+    python -m recipes.demo_checkpoint.make_preference --output spo/demo/preference.safetensors [--rule sharpness]
 
 1. Sample groups of pictures from the demo checkpoint that share their first steps, as SPO's candidates do.
-2. Label every pair of a group by the rule, on the finished pictures.
+2. Label every pair of a group by the rule (spo/demo/rule.py), on the finished pictures.
 3. For each pair add the same noise to both at a timestep drawn uniformly, take the guided clean prediction, and fit
    the scores by the pairwise cross-entropy. (Paper, section 3.1, but for the network: no CLIP, no decoder.)
 
@@ -26,7 +26,7 @@ from spo.algorithm.diffusion import training_sigmas
 from spo.algorithm.rollout import RolloutSettings, sample_spo
 from spo.config import Config
 from spo.demo.judge import held_out
-from spo.demo.rule import colourfulness
+from spo.demo.rule import RULES
 from spo.demo.run import demo_config
 from spo.headless.host import HeadlessHost, load_host
 from spo.preference.cnn_file import save_cnn
@@ -67,8 +67,10 @@ class BranchingDraws:
         raise AssertionError("plain sampling chooses no parents")
 
 
-def sample_groups(host: HeadlessHost, prompts: list[str], count: int, seed: int, batch: int = 16) -> Groups:
-    """Sample `count` groups over the prompts in turn, branching after 2 to 12 of the 20 steps."""
+def sample_groups(
+    host: HeadlessHost, prompts: list[str], count: int, seed: int, rule: str = "colourfulness", batch: int = 16
+) -> Groups:
+    """Sample `count` groups over the prompts in turn, branching after 2 to 12 of the 20 steps. rule: one of RULES."""
     own_prompts = [prompts[i % len(prompts)] for i in range(count)]
     latents, tastes = [], []
     for first in range(0, count, batch):
@@ -82,7 +84,7 @@ def sample_groups(host: HeadlessHost, prompts: list[str], count: int, seed: int,
             settings=RolloutSettings(candidates=1), draws=draws, alphas_cumprod=host.alphas_cumprod,
         ).x  # fmt: skip
         latents.append(finished)
-        tastes.append(colourfulness(host.decode(finished)))
+        tastes.append(RULES[rule](host.decode(finished)))
     clean, taste = (torch.cat(parts).unflatten(0, (-1, GROUP)) for parts in (latents, tastes))
     return Groups(clean, taste, own_prompts)
 
@@ -156,6 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--checkpoint", help="default: the demo checkpoint")
+    parser.add_argument("--rule", choices=RULES, default="colourfulness")
     parser.add_argument("--groups", type=int, default=768)
     parser.add_argument("--noises", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=40)
@@ -165,13 +168,12 @@ def main() -> None:
     host = load_host(config)
     prompts, held = read_prompts(config.prompt.prompts), list(dict.fromkeys(held_out()[0]))
     host.prepare([*prompts, *held])
-    network = fit(
-        host, sample_groups(host, prompts, arguments.groups, seed=1), config, arguments.epochs, arguments.noises, 1
-    )
-    test = sample_groups(host, held, 96, seed=2)
+    groups = sample_groups(host, prompts, arguments.groups, seed=1, rule=arguments.rule)
+    network = fit(host, groups, config, arguments.epochs, arguments.noises, 1)
+    test = sample_groups(host, held, 96, seed=2, rule=arguments.rule)
     table = {str(t): round(accuracy(network, host, test, t), 3) for t in MEASURED_TIMESTEPS}
     print("accuracy on held-out pairs by timestep:", table)
-    facts = {"name": "demo", "architecture": "sd15", "rule": "colourfulness", "held_out_accuracy": json.dumps(table)}
+    facts = {"name": "demo", "architecture": "sd15", "rule": arguments.rule, "held_out_accuracy": json.dumps(table)}
     save_cnn(network, arguments.output, facts)
 
 

@@ -1,5 +1,11 @@
-"""The demo's rule of taste, "vivid over dull": of two pictures, the more colourful one is preferred."""
+"""The demo's rules of taste. Of two pictures the one with the higher value is preferred.
 
-from spo.evaluation.measures import colourfulness
+colourfulness  "vivid over dull", what the shipped preference model was fitted to
+sharpness      "sharp over blurred", which strength of colour cannot cheat: the second taste of docs/evidence.md
+"""
 
-__all__ = ["colourfulness"]
+from spo.evaluation.measures import colourfulness, sharpness
+
+RULES = {"colourfulness": colourfulness, "sharpness": sharpness}
+
+__all__ = ["RULES", "colourfulness", "sharpness"]

@@ -17,6 +17,7 @@ from spo.evaluation.measures import (
     drift,
     rms_distance,
     saturation,
+    sharpness,
     squared_distance,
 )
 
@@ -95,3 +96,12 @@ def test_numbers_that_do_not_fit_are_refused():
         diversity(torch.zeros(3, 2), [0, 1])
     with pytest.raises(ValueError, match="features"):
         drift(torch.zeros(3, 2), torch.zeros(2, 2))
+
+
+def test_sharpness_is_the_laplacians_factor_of_a_wave():
+    """Four whole waves across, so that inner pixels have the whole's variance but for a little."""
+    across = torch.cos(2 * math.pi * 4 * torch.arange(128) / 128)
+    wave = 0.8 * across.expand(1, 3, 128, 128)
+    factor = 2 - 2 * math.cos(2 * math.pi * 4 / 128)
+    assert float(sharpness(wave)) == pytest.approx(factor, rel=0.01)
+    assert float(sharpness(torch.full((1, 3, 8, 8), 0.3))) == 0
