@@ -44,9 +44,8 @@ from spo.preference.clip.towers import (
     in_float32,
     token_ids,
     unit,
-    without_autocast,
 )
-from spo.preference.placement import Placement
+from spo.preference.placement import Placement, without_autocast
 from spo.resting import Resting
 
 if TYPE_CHECKING:

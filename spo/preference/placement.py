@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -48,3 +50,9 @@ def placement(device: torch.device | str, precision: str = "auto", *, rest_on_cp
             f"{precision} does not work on {device} here ({error}); use preference_precision float32."
         ) from error
     return Placement(device, dtype, rest_on_cpu and device.type != "cpu")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The WebUI samples under autocast; a preference model's precision is its own. Nothing where PyTorch has no
+    autocast (Apple's MPS in the WebUI's version)."""
+    return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()

@@ -25,6 +25,7 @@ from torch import Tensor
 from spo.algorithm.diffusion import network_input, per_image, precise
 from spo.algorithm.preference import PreferenceModel
 from spo.errors import SpoError
+from spo.preference.placement import without_autocast
 from spo.preference.taste.head import LATENT_CHANNELS, TasteHead
 
 FULL = 0.2  # root mean square of what strength 1 adds to the prediction at much noise
@@ -90,7 +91,7 @@ def _gradient(head: TasteHead, x: Tensor, sigma: Tensor) -> Tensor:
             f'The taste head "{head.name}" reads latents of {LATENT_CHANNELS} channels, and these have {x.shape[1]}; '
             "use it with SD1.5 or SDXL."
         )
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), without_autocast(x.device):
         level = sigma.detach().clone().float().to(x.device)
         seen = network_input(x.detach().clone().float(), level).requires_grad_()
         scores = torch.stack([member(seen, level) for member in head.members.to(x.device)]).mean(0)

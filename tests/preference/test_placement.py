@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spo.errors import SpoError
-from spo.preference.placement import placement
+from spo.preference.placement import placement, without_autocast
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,11 @@ def test_on_a_cpu_nothing_rests():
 def test_an_unknown_precision_is_refused():
     with pytest.raises(SpoError, match='preference_precision is "half"; accepted are auto, float32'):
         placement("cpu", "half")
+
+
+def test_autocast_is_off_inside_and_left_alone_where_there_is_none():
+    product = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16), without_autocast(torch.device("cpu")):
+        assert (product @ product).dtype == torch.float32
+    with without_autocast(torch.device("mps")):
+        assert (product @ product).dtype == torch.float32

@@ -40,10 +40,9 @@ from spo.preference.clip.towers import (
     settle,
     token_ids,
     unit,
-    without_autocast,
 )
 from spo.preference.pickles import open_model_file
-from spo.preference.placement import Placement
+from spo.preference.placement import Placement, without_autocast
 from spo.resting import Resting
 
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin", "open_clip_pytorch_model.bin")

@@ -42,9 +42,8 @@ from spo.preference.clip.towers import (
     settle,
     token_ids,
     unit,
-    without_autocast,
 )
-from spo.preference.placement import ON_CPU, Placement
+from spo.preference.placement import ON_CPU, Placement, without_autocast
 from spo.resting import Resting
 
 _TIME_FREQUENCIES = 128

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -290,11 +289,6 @@ def _tokenizer() -> Any:
 def unit(features: Tensor) -> Tensor:
     features = features.float()
     return features / features.norm(dim=-1, keepdim=True)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """The WebUI samples under autocast; this model's precision is its own."""
-    return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
 
 
 def known_features(

@@ -21,7 +21,7 @@ from spo.algorithm.preference import Candidates
 from spo.checkpoint.tensor_file import TensorFile, read_tensors
 from spo.errors import SpoError
 from spo.files import write_whole
-from spo.preference.placement import Placement
+from spo.preference.placement import Placement, without_autocast
 from spo.rng import stable_seed
 
 KIND = "taste"
@@ -107,7 +107,7 @@ class TasteHead:
         """[members, N] float32 scores of [N, 4, h, w] VE latents at one noise level, on the latents' device."""
         sigmas = torch.full((len(x),), float(sigma), device=x.device)
         seen = network_input(x.float(), sigmas)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return torch.stack([member(seen, sigmas) for member in self.members.to(x.device)])
 
 
