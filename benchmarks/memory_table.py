@@ -34,6 +34,7 @@ from tests.crafted_files import craft, full_size_shapes
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "memory.md"
 BEGIN, END = "<!-- counted by benchmarks/memory_table.py -->", "<!-- to here -->"
 VIT_H = ClipShape(TowerShape(1024, 4096, 24, 16), TowerShape(1280, 5120, 32, 16), 49408, 14, 224, 1024)
+COLUMNS = [phase for phase in PHASES if phase != "check"]  # without judges
 CARDS = {"8gb": 8, "12gb": 12, "24gb": 24}  # GiB
 ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("sd15", "8gb", {}),
@@ -77,7 +78,7 @@ def storage(name: str, changes: dict[str, Any]) -> str:
 
 def row_of(architecture: str, name: str, changes: dict[str, Any], plan: MemoryPlan) -> list[object]:
     """As it stands in the table."""
-    phases = [f"{plan.phases_gib[phase]:.1f}" for phase in PHASES]
+    phases = [f"{plan.phases_gib[phase]:.1f}" for phase in COLUMNS]
     return [architecture, name, storage(name, changes), *phases, f"{plan.peak_gib:.1f}", CARDS[name]]
 
 
@@ -104,7 +105,7 @@ def main() -> int:
         wrong = [new for old, new in pairs if old[:3] != new[:3] or not _agree(old[3:], new[3:])]
         print(f"{len(wrong)} of {len(rows)} rows differ from {PAGE.name}")
         return 1 if wrong else 0
-    headers = ["checkpoint", "preset", "weights", *PHASES, "peak", "card"]
+    headers = ["checkpoint", "preset", "weights", *COLUMNS, "peak", "card"]
     before, _, rest = page.partition(BEGIN)
     counted_table = table(rows, headers, markdown=True)
     write_text(PAGE, f"{before}{BEGIN}\n{counted_table}\n{END}{rest.partition(END)[2]}")

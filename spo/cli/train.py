@@ -75,11 +75,6 @@ def _dry_run(config: Config, prompts: Sequence[str], plan: Plan, card_gib: float
     """
     if card_gib is not None and card_gib <= 0:
         raise SpoError(f"--card-gib is {card_gib:g}; accepted are sizes of a card in GiB, above 0.")
-    if config.loss.method == "dpo":
-        if card_gib is not None or as_json:
-            raise SpoError("--card-gib and --json count the memory of method spo only; leave them out with method dpo.")
-        print(plan.text())
-        return 0
     memory = count_memory(config, prompts, on_card=card_gib is not None)
     if card_gib is None:
         card_gib = card_size_gib(config.model.device)

@@ -1,22 +1,27 @@
 """What a run needs of a card's memory, phase by phase, before it begins.
 
-The run's own code goes once through loading, encoding, a rollout and an update, on the imaginary card: with the shapes
-of the checkpoint and no memory, also where there is no card at all. Done is as little of each as the peak needs, which
-more of the same leaves as it is:
+The run's own code goes once through loading, encoding, a rollout, an update and a check, on the imaginary card: with
+the shapes of the checkpoint and no memory, also where there is no card at all. Done is as little of each as the peak
+needs, which more of the same leaves as it is:
 
 - Encoded are as many prompts as the text encoders see at once, the longest; sampled is one portion of these.
 - The ladder is one ordinary step, one window and its end. What the whole batch leaves waiting for its update - the
   pairs of the other prompts and of the steps left out - is put there in their place.
 - Trained is one portion of pairs, the gradients of the portions before it in place.
+- Of method dpo one portion of pictures is made and labelled, or one pair encoded; its batch of pairs is there whole.
+- Checked are as many pictures as are sampled or judged at a time, by the judges that the configuration names.
 - The network's calls without gradient, on arguments of one shape, are run once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -28,21 +33,25 @@ from spo.algorithm.preference import Candidates, PreferenceModel
 from spo.algorithm.rollout import pool_starts
 from spo.config import Config
 from spo.headless.device import choose_device
-from spo.headless.host import load_host
+from spo.headless.host import HeadlessHost, load_host
 from spo.headless.text import CHUNK_ROWS, prompt_chunks
 from spo.lora.adapter import Adapter, configured_adapter
 from spo.preference.load import load_preference
 from spo.progress import Watcher
+from spo.training.finished_pairs import FinishedPairs, finished_pairs, noised
 from spo.training.gradient import accumulate_gradient, configured_loss
 from spo.training.host import ladder_of, rollout_settings
 from spo.training.imaginary_card import imaginary_card
+from spo.training.judges import load_judges
 from spo.training.loop import optimizer_step, portions_of, roll_out
+from spo.training.memory import Portions
 from spo.training.memory_ruler import Ruler
 from spo.training.optimizer import make_optimizer, make_scaler
 from spo.training.pending import PendingPairs
 from spo.training.repeats import counted_once
+from spo.training.validation import JUDGED_AT_A_TIME, measure, prompts_of_checks
 
-PHASES = ("load", "encode", "rollout", "decode", "score", "train")
+PHASES = ("load", "encode", "rollout", "decode", "score", "train", "check")
 # What a card needs beside the tensors: CUDA's context and kernels (0.3 to 0.6 GiB), and pieces that nothing fits into.
 RESERVE_GIB = 1.0
 T = TypeVar("T")
@@ -50,8 +59,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """phases_gib: the most memory in tensors and kernels' workspaces in each of PHASES, weights included; precision: of
-    the network. Comparable with `torch.cuda.max_memory_allocated`."""
+    """phases_gib: the most memory in tensors and kernels' workspaces in each of PHASES that there is, weights included;
+    precision: of the network. Comparable with `torch.cuda.max_memory_allocated`."""
 
     phases_gib: dict[str, float]
     precision: str
@@ -91,6 +100,7 @@ def count_memory(config: Config, prompts: Sequence[str], *, on_card: bool = Fals
     portions, settings = portions_of(config), config.optimizer
     by_length = sorted(zip(prompt_chunks(prompts), prompts, strict=True), key=lambda each: -len(each[0]))
     prompts = [prompt for _, prompt in by_length]
+    is_dpo = config.loss.method == "dpo"
     batch = prompts[: settings.prompts_per_batch]
     per_update = settings.pairs_per_update * settings.accumulation
     waiting_pairs = 0
@@ -99,18 +109,23 @@ def count_memory(config: Config, prompts: Sequence[str], *, on_card: bool = Fals
         waiting_pairs = len(batch) * _transitions(config)
         config = _short(config)
         waiting_pairs = max(0, waiting_pairs - len(some) * _transitions(config))
-        batch = some
+        batch = batch if is_dpo else some
     watcher = Watcher()
     with warnings.catch_warnings(), imaginary_card() as card, Ruler(card.type) as ruler:
         warnings.simplefilter("ignore")  # of PyTorch, about CUDA that is not there; the run repeats ours
 
         with ruler.phase("load"):
             host = load_host(config)
-            preference: PreferenceModel = load_preference(config, host.device, host.architecture)
+            preference: PreferenceModel | None = None
+            if config.preference.preference:
+                preference = load_preference(config, host.device, host.architecture)
+            judges = load_judges(config, host, lambda text: None)
         host.decode = _in_phase(ruler, "decode", host.decode)  # type: ignore[method-assign]
-        preference = _ScoredInPhase(preference, ruler)
+        if preference is not None:
+            preference = _ScoredInPhase(preference, ruler)
+        checked = _checked_prompts(config, prompts, portions.prompts.size) if judges else []
         with ruler.phase("encode"):
-            host.prepare(prompts)
+            host.prepare([*prompts, *(prompt for prompt in checked if prompt not in prompts)])
 
         # the adapter, and the optimizer as after its first step: with its moments
         adapter = configured_adapter(host.network, config)
@@ -123,15 +138,18 @@ def count_memory(config: Config, prompts: Sequence[str], *, on_card: bool = Fals
             optimizer_step(optimizer, scaler, adapter, watcher)
             optimizer.zero_grad(set_to_none=True)
 
-        with ruler.phase("rollout"):
-            waiting = _waiting(waiting_pairs, config, card)
-            rollout = roll_out(host, config, batch, list(range(len(batch))), preference, portions, watcher)
-            assert rollout.pairs is not None  # on the imaginary card every pair is kept
-            pending = PendingPairs()
-            pairs = Pairs.cat([waiting, rollout.pairs]) if waiting_pairs else rollout.pairs
-            del waiting, rollout
-            pending.add(pairs.rows(torch.arange(len(pairs))), batch)
-            del pairs
+        pending = PendingPairs()
+        if is_dpo:
+            with ruler.phase("rollout" if not config.preference.pairs else "encode"):
+                _finished(host, config, batch[: max(1, portions.prompts.size)], preference, portions, watcher)
+            with ruler.phase("train"):
+                zeros = torch.zeros(len(batch), 4, config.prompt.height // 8, config.prompt.width // 8)
+                clean = FinishedPairs(list(batch), zeros, zeros)
+                pending.add(noised(clean, range(len(batch)), ("plan",), config, host), batch)
+        else:
+            assert preference is not None, "method spo needs a preference model"
+            with ruler.phase("rollout"):
+                pending.add(*_rolled_out(host, config, batch, preference, portions, watcher, waiting_pairs, card))
         with ruler.phase("train"):
             update = pairs = _hardest(pending.first(per_update), config)
             if not whole:
@@ -140,8 +158,55 @@ def count_memory(config: Config, prompts: Sequence[str], *, on_card: bool = Fals
                     _fill_gradients(adapter)
             accumulate_gradient(host, adapter, pairs, batch, config, configured_loss(config), portions, scaler)
             optimizer_step(optimizer, scaler, adapter, watcher)
+        if judges:
+            optimizer.zero_grad(set_to_none=True)
+            del update, pairs
+            with ruler.phase("check"):
+                measure(host, config, checked, 0, preference, judges, portions, watcher, None)
     precision = str(host.dtype).removeprefix("torch.")
     return MemoryPlan({name: ruler.phases[name].total_gib for name in PHASES if name in ruler.phases}, precision)
+
+
+def _checked_prompts(config: Config, prompts: Sequence[str], at_a_time: int) -> list[str]:
+    """Prompts of checks whose pictures are as many as are sampled or judged at a time, or all."""
+    each = config.validation.validate_pictures
+    return prompts_of_checks(config, prompts)[: math.ceil(max(at_a_time, JUDGED_AT_A_TIME) / each)]
+
+
+def _finished(
+    host: HeadlessHost,
+    config: Config,
+    prompts: Sequence[str],
+    preference: PreferenceModel | None,
+    portions: Portions,
+    watcher: Watcher,
+) -> None:
+    """The work of method dpo before its first update: two pictures of each prompt, or those of a given pair encoded."""
+    if config.preference.pairs:
+        host.encode(torch.zeros(2, 3, config.prompt.height, config.prompt.width).to(host.device))
+        return
+    once = dataclasses.replace(config, preference=dataclasses.replace(config.preference, pairs_per_prompt=1))
+    with tempfile.TemporaryDirectory() as folder:
+        finished_pairs(host, once, prompts, preference, Path(folder), portions.prompts, watcher)
+
+
+def _rolled_out(
+    host: HeadlessHost,
+    config: Config,
+    batch: Sequence[str],
+    preference: PreferenceModel,
+    portions: Portions,
+    watcher: Watcher,
+    waiting_pairs: int,
+    card: torch.device,
+) -> tuple[Pairs, Sequence[str]]:
+    """(pairs, their prompts) of a rollout, with those in front that wait for their update."""
+    waiting = _waiting(waiting_pairs, config, card)
+    rollout = roll_out(host, config, batch, list(range(len(batch))), preference, portions, watcher)
+    assert rollout.pairs is not None  # on the imaginary card every pair is kept
+    pairs = Pairs.cat([waiting, rollout.pairs]) if waiting_pairs else rollout.pairs
+    del waiting, rollout
+    return pairs.rows(torch.arange(len(pairs))), batch
 
 
 def _in_precision_of_cpu(config: Config) -> Config:
@@ -185,8 +250,9 @@ def _waiting(count: int, config: Config, card: torch.device) -> Pairs:
 
 def _hardest(pairs: Pairs, config: Config) -> Pairs:
     """The pairs, each as one whose sides start from latents of their own, where the run has such."""
+    is_dpo = config.loss.method == "dpo"
     return dataclasses.replace(
-        pairs, shared=torch.full((len(pairs),), config.rollout.inner_steps == 0).to(pairs.image.device)
+        pairs, shared=torch.full((len(pairs),), config.rollout.inner_steps == 0 and not is_dpo).to(pairs.image.device)
     )
 
 

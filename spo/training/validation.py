@@ -25,6 +25,7 @@ from spo.training.memory import Portion, Portions, ScoredInPortions, in_portions
 from spo.training.stages import Check
 
 PROMPTS = 16  # of training's, where none are given
+JUDGED_AT_A_TIME = 16  # pictures
 FEATURES_PX = 32  # pictures are compared at this size
 _LESS_MEMORY = "choose a smaller judge, or none, resume with precision float16, or close other programs"
 
@@ -119,7 +120,7 @@ def measure(
             # of one picture that shows something else the logarithm can be as low as it likes
             return scores.exp() if judge.adherence == "log-probability" else scores
 
-        portion = Portion("pictures judged at a time", 16)
+        portion = Portion("pictures judged at a time", JUDGED_AT_A_TIME)
         return _by_prompt(torch.cat(in_portions(some, len(rows), portion, watcher.log, _LESS_MEMORY)), count)
 
     features = _features(pixels)

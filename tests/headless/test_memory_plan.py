@@ -14,6 +14,7 @@ from spo.config import PRESETS, build_config
 from spo.headless.memory_plan import PHASES, RESERVE_GIB, MemoryPlan, count_memory
 from spo.preference.cnn_file import save_cnn
 from spo.preference.latent_cnn import LatentCNN
+from spo.preference.pixel_cnn import PixelCNN
 from spo.presets import NAMED
 from tests.tiny_checkpoints import write_tiny_sd15, write_tiny_sdxl
 
@@ -48,7 +49,7 @@ def config(files, architecture, **changes):
 @pytest.mark.parametrize("architecture", ["sd15", "sdxl"])
 def test_every_phase_but_the_decode_that_is_not_needed_is_counted(files, architecture):
     memory = count_memory(config(files, architecture), ["a fox", "a boat"], on_card=True)
-    assert set(memory.phases_gib) == set(PHASES) - {"decode"}  # the latent CNN looks at latents
+    assert set(memory.phases_gib) == set(PHASES) - {"decode", "check"}  # the latent CNN looks at latents; no judges
     assert memory.precision == "float16"
     assert all(0 < gib < 1 for gib in memory.phases_gib.values())
     assert memory.peak_gib == max(memory.phases_gib.values())
@@ -73,6 +74,29 @@ def test_what_is_left_out_does_not_change_a_peak(files):
         for whole in (False, True)
     )
     assert short.phases_gib == pytest.approx(whole.phases_gib, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_check_is_counted_with_its_judge(files):
+    """Ten times as wide a judge: its weights lie on the card from the beginning, what it computes is the check's."""
+    peaks = {}
+    for width in (16, 160):
+        save_cnn(PixelCNN(width), files / f"judge{width}.safetensors", {})
+        judged = config(files, "sd15", judge=str(files / f"judge{width}.safetensors"), adherence="none")
+        peaks[width] = count_memory(judged, ["a fox", "a boat"], on_card=True).phases_gib
+    assert set(peaks[16]) == set(PHASES)  # the judge looks at pixels, so that pictures are decoded
+    more = {name: peaks[160][name] - peaks[16][name] for name in PHASES}
+    assert 0 < more["train"] < more["check"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [True, False])
+def test_method_dpo_is_counted(files, given):
+    changes = {"method": "dpo", "prompts_per_batch": 2, "pairs_per_update": 2, "accumulation": 1}
+    changes |= {"pairs": "pairs", "preference": ""} if given else {}
+    memory = count_memory(config(files, "sd15", **changes), ["a fox", "a boat"], on_card=True)
+    assert set(memory.phases_gib) == {"load", "encode", "train"} | (set() if given else {"rollout", "score"})
+    assert all(0 < gib < 1 for gib in memory.phases_gib.values())
 
 
 def test_a_card_needs_room_for_its_driver():

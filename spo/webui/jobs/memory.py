@@ -39,9 +39,9 @@ def memory_text(
         return f"memory      not counted: it took more than {TIMEOUT_S} seconds"
     except RuntimeError as error:
         return f"memory      not counted: {error}"
-    stays = {name: text_gib for name in ("rollout", "decode", "score", "train")}
+    stays = {name: text_gib for name in ("rollout", "decode", "score", "train", "check")}
     if config.model.rest_on_cpu:  # there the VAE is counted while it decodes, and nowhere else
-        stays |= {name: text_gib + vae_gib for name in ("rollout", "score", "train")}
+        stays |= {name: text_gib + vae_gib for name in ("rollout", "score", "train", "check")}
     phases = {name: gib + stays.get(name, 0.0) for name, gib in plan.phases_gib.items()}
     return f"{MemoryPlan(phases, plan.precision).text(card_gib)}\n            {_BY_DIFFUSERS}"
 
