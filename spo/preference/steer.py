@@ -9,18 +9,21 @@ log-odds s(x, sigma) that a picture is preferred. With x = x_0 + sigma * noise,
 Deliberate difference from classifier guidance: g is brought to a root mean square of 1, each picture by itself, and the
 factor before it says how far the prediction moves, in units of the latents' own deviation (about 1). A head's log-odds
 have a scale of their own that says how many votes it had, not how far to go; so one strength means the same with every
-head, checkpoint, size and step. The sigma / sqrt(1 + sigma^2) is the share of noise in what the network sees: at much
-noise the prediction may move by the whole step, near the end by nearly nothing.
+head, checkpoint, size and step. The sigma / sqrt(1 + sigma^2) is the share of noise in what the network sees: near the
+end the prediction moves by nearly nothing. Above `NOISIEST`, where heads are hardly better than chance (docs/taste.md),
+nothing is moved: that is two steps of five, and most of a head's cost on a small network.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call, stack_module_state, vmap
 
 from spo.algorithm.diffusion import network_input, per_image, precise
 from spo.algorithm.preference import PreferenceModel
@@ -29,6 +32,7 @@ from spo.preference.placement import without_autocast
 from spo.preference.taste.head import LATENT_CHANNELS, TasteHead
 
 FULL = 0.2  # root mean square of what strength 1 adds to the prediction at much noise
+NOISIEST = 2.4  # sigma of timestep 600
 MAX_STRENGTH = 2.0  # beyond it pictures break (docs/taste.md)
 
 
@@ -44,7 +48,9 @@ class Steering:
 
         x [N, 4, H, W] VE latents; sigma [N] above 0. Raises SpoError for latents of other channels or not finite.
         """
-        direction = _gradient(self.head, x, sigma)
+        if bool((sigma > NOISIEST).all()):
+            return torch.zeros_like(x, dtype=torch.float32)
+        direction = self._gradient(x, sigma)
         size = direction.square().flatten(1).mean(1).sqrt()
         if not bool(torch.isfinite(size).all()):
             raise SpoError(
@@ -53,7 +59,41 @@ class Steering:
             )
         noise_share = (precise(sigma) / (1 + precise(sigma) ** 2).sqrt()).to(size)
         length = self.strength * FULL * noise_share / size.clamp(min=torch.finfo(size.dtype).tiny)
+        length = torch.where(sigma.to(size) > NOISIEST, 0.0, length)
         return direction * per_image(length, direction)
+
+    def _gradient(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """[N, 4, H, W] float32: the gradient of the ensemble's mean score, whatever the caller's modes are.
+
+        Up to a positive factor of each picture, which its length loses anyway: it is taken at the latent as the head
+        sees it. Samplers run without gradients, some callers in inference mode, whose tensors no gradient can go
+        through: so a copy is made outside of it. Half precision is left, since squares of small gradients vanish in it.
+        """
+        if x.shape[1] != LATENT_CHANNELS:
+            raise SpoError(
+                f'The taste head "{self.head.name}" reads latents of {LATENT_CHANNELS} channels, and these have '
+                f"{x.shape[1]}; use it with SD1.5 or SDXL."
+            )
+        with torch.inference_mode(False), torch.enable_grad(), without_autocast(x.device):
+            level = sigma.detach().clone().float().to(x.device)
+            seen = network_input(x.detach().clone().float(), level).requires_grad_()
+            return torch.autograd.grad(self._scores(seen, level).mean(0).sum(), seen)[0]
+
+    def _scores(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        """[members, N]. All members at once: on few small latents the calls cost more than the arithmetic."""
+        weights = {name: tensor.to(latents.device) for name, tensor in self._weights.items()}
+        network = self.head.members[0]
+
+        def score(weights: dict[str, Tensor]) -> Tensor:
+            return functional_call(network, weights, (latents, sigma))
+
+        return vmap(score)(weights)
+
+    @cached_property
+    def _weights(self) -> dict[str, Tensor]:
+        """[members, ...] of each weight."""
+        weights, buffers = stack_module_state(list(self.head.members))
+        return {name: tensor.detach() for name, tensor in {**weights, **buffers}.items()}
 
 
 def steering(model: PreferenceModel, strength: float) -> Steering:
@@ -77,22 +117,3 @@ def steered(model: Callable[..., Tensor], by: Steering) -> Callable[..., Tensor]
         return denoised + by.shift(x, sigma).to(denoised.dtype)
 
     return denoise
-
-
-def _gradient(head: TasteHead, x: Tensor, sigma: Tensor) -> Tensor:
-    """[N, 4, H, W] float32: the gradient of the ensemble's mean score, whatever the caller's modes are.
-
-    Up to a positive factor of each picture, which its length loses anyway: it is taken at the latent as the head sees
-    it. Samplers run without gradients, some callers in inference mode, whose tensors no gradient can go through: so a
-    copy is made outside of it. Half precision is left, since squares of small gradients vanish in it.
-    """
-    if x.shape[1] != LATENT_CHANNELS:
-        raise SpoError(
-            f'The taste head "{head.name}" reads latents of {LATENT_CHANNELS} channels, and these have {x.shape[1]}; '
-            "use it with SD1.5 or SDXL."
-        )
-    with torch.inference_mode(False), torch.enable_grad(), without_autocast(x.device):
-        level = sigma.detach().clone().float().to(x.device)
-        seen = network_input(x.detach().clone().float(), level).requires_grad_()
-        scores = torch.stack([member(seen, level) for member in head.members.to(x.device)]).mean(0)
-        return torch.autograd.grad(scores.sum(), seen)[0]

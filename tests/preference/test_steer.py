@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spo.errors import SpoError
-from spo.preference.steer import FULL, MAX_STRENGTH, Steering, steered, steering
+from spo.preference.steer import FULL, MAX_STRENGTH, NOISIEST, Steering, steered, steering
 from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork
 from tests.tiny_host import MeanOfChannel
 
@@ -39,7 +39,7 @@ def rms(values: torch.Tensor) -> torch.Tensor:
 
 def test_the_shift_is_the_gradient_at_the_length_of_the_strength():
     first, second = torch.randn(4, 8, 8), torch.randn(4, 8, 8)
-    sigma = torch.tensor([10.0, 1.0, 0.03])
+    sigma = torch.tensor([2.0, 1.0, 0.03])
     shift = Steering(linear_head(first, second), 0.5).shift(torch.randn(3, 4, 8, 8), sigma)
     mean = (first + second) / 2
     expected = mean / mean.square().mean().sqrt() * 0.5 * FULL
@@ -48,8 +48,8 @@ def test_the_shift_is_the_gradient_at_the_length_of_the_strength():
 
 
 def test_one_strength_is_as_long_for_every_head_size_and_strength_of_its_scores():
-    sigma = torch.full((2,), 3.0)
-    share = 3 / 10**0.5
+    sigma = torch.full((2,), 2.0)
+    share = 2 / 5**0.5
     for head in (random_head(), linear_head(torch.randn(4, 1, 1) * 1e-12), linear_head(torch.randn(4, 1, 1) * 1e6)):
         for size in ((8, 8), (24, 16)):
             shift = Steering(head, 1.0).shift(torch.randn(2, 4, *size), sigma)
@@ -63,6 +63,12 @@ def test_it_follows_what_the_head_scores():
     up, down = (head.member_scores(x + sign * 1e-2 * shift, 0.8).mean(0) for sign in (1, -1))
     assert bool((up > down).all())
     torch.testing.assert_close(Steering(head, -1.0).shift(x, sigma), -shift)
+
+
+def test_much_noise_is_left_alone_image_by_image():
+    x, levels = torch.randn(3, 4, 8, 8), torch.tensor([14.0, NOISIEST + 0.1, NOISIEST])
+    assert Steering(random_head(), 1.0).shift(x, levels).flatten(1).any(1).tolist() == [False, False, True]
+    assert not Steering(None, 1.0).shift(x[:2], levels[:2]).any()  # the head is not even asked
 
 
 def test_pictures_do_not_depend_on_their_batch():

@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from spo.algorithm.diffusion import scaled_linear_alphas_cumprod
 from spo.errors import SpoError
 from spo.preference.steer import MAX_STRENGTH
 from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork, save_taste
 from spo.webui import a1111, folders, taste
-from spo.webui.a1111 import SamplerPass
+from spo.webui.a1111 import SamplerPass, loop
 from spo.webui.taste import CHOOSE, STEER, TasteRequest, change_of, request_of
 from tests.webui import test_host as host
 
@@ -174,6 +176,54 @@ def test_fields_come_in_the_requests_order_and_find_themselves_in_an_infotext(mo
     change = change_of(sampler_pass(), [True, "mine.safetensors", CHOOSE, 1.0, 8])
     assert pasted[0][1](change.infotext) is True and pasted[0][1]({}) is False
     assert {key for _, key in pasted[1:]} >= set(change.infotext)
+
+
+# ----------------------------------------------------------------------------------------- the network's outputs, moved
+
+
+def call_of(latents, levels, rows, *, alphas=None, wide=False):
+    """The CFG denoiser's arguments: rows of prompts for images, then one of the negative prompt for each image."""
+    every = [*rows, *range(len(latents))]
+    uncond = torch.zeros(len(latents), 77, 8)
+    return SimpleNamespace(
+        x=latents[every], sigma=levels[every], text_uncond={"crossattn": uncond} if wide else uncond,
+        denoiser=SimpleNamespace() if alphas is None else SimpleNamespace(alphas=alphas),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("wide", [False, True], ids=["sd15", "sdxl"])
+def test_every_row_moves_as_its_image_does(dtype, wide):
+    """Two prompts joined by AND for the first image, one for the second, in the precision of the outputs."""
+    latents, shift = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    outputs = torch.zeros(5, 4, 8, 8, dtype=dtype)
+    seen, call = [], call_of(latents, torch.tensor([3.0, 3.0]), [0, 0, 1], wide=wide)
+    loop._add_shift(call, outputs, lambda x, sigma: (seen.append(sigma), shift)[1])
+    assert torch.equal(outputs, shift[[0, 0, 1, 0, 1]].to(dtype)) and outputs.dtype == dtype
+    assert seen[0].tolist() == [3.0, 3.0]
+
+
+def test_outputs_that_are_noise_move_against_it_in_their_own_form():
+    """x_vp = sqrt(a) x_0 + sqrt(1 - a) e: what a move of x_0 by d does to e, and the latents that the head gets."""
+    alphas = scaled_linear_alphas_cumprod()
+    a = alphas[[801, 101]][:, None, None, None]
+    clean, noise, shift = (torch.randn(2, 4, 8, 8) for _ in range(3))
+    seen, outputs = [], torch.cat([noise, noise])
+    call = call_of(a.sqrt() * clean + (1 - a).sqrt() * noise, torch.tensor([801.0, 101.0]), [0, 1], alphas=alphas)
+    loop._add_shift(call, outputs, lambda x, s: (seen.append((x, s)), shift)[1])
+    predicted = (call.x - torch.cat([(1 - a).sqrt()] * 2) * outputs) / torch.cat([a.sqrt()] * 2)
+    torch.testing.assert_close(predicted, torch.cat([clean + shift] * 2), rtol=1e-4, atol=1e-4)
+    (x, sigma), levels = seen[0], ((1 - a) / a).sqrt()
+    torch.testing.assert_close(sigma, levels.flatten())
+    torch.testing.assert_close(x, clean + levels * noise, rtol=1e-4, atol=1e-4)
+
+
+def test_timesteps_between_whole_ones_have_levels_between():
+    alphas = scaled_linear_alphas_cumprod()
+    low, middle, high = loop._sigma_of_timestep(torch.tensor([500.0, 500.5, 501.0]), alphas).tolist()
+    assert low < middle < high
+    ends = loop._sigma_of_timestep(torch.tensor([-1.0, 1000.0]), alphas.half()).tolist()  # beyond both; a half schedule
+    assert ends[0] == pytest.approx(0.029, abs=3e-3) and ends[1] == pytest.approx(14.6, rel=2e-2)
 
 
 # ------------------------------------------------------------------------------------------------------ in a real WebUI

@@ -5,42 +5,13 @@
 //
 // VOTES (default 60; of pools 12), SIZE (2 or 4 pictures at a time), UPDATES (default 60; 0: without training), NAME
 // (default by-votes), CHROMIUM as in walk.mjs. Exit 1: a step failed.
-import { expect, fill, inner, open, page, pause, phase, pick, shot, tab, until, walk } from "./walk_steps.mjs";
+import { expect, fill, inner, open, page, pause, phase, pick, shot, tab, until, vote, walk } from "./walk_steps.mjs";
 
 const SIZE = Number(process.env.SIZE || "2");
 const VOTES = Number(process.env.VOTES || (SIZE === 2 ? "60" : "12"));
 const UPDATES = process.env.UPDATES || "60";
 const NAME = process.env.NAME || "by-votes";
 const shown = (name) => page.locator("#spo_vote_pair .spo-vote").first().evaluate((e, name) => e.dataset[name], name);
-// Hasler and Suesstrunk's colourfulness of the pictures
-const colours = () => page.evaluate(() => [...document.querySelector("gradio-app").querySelectorAll("#spo_vote_pair img")].map((image) => {
-    const canvas = document.createElement("canvas");
-    canvas.width = image.naturalWidth;
-    canvas.height = image.naturalHeight;
-    const context = canvas.getContext("2d");
-    context.drawImage(image, 0, 0);
-    const { data } = context.getImageData(0, 0, canvas.width, canvas.height);
-    const n = data.length / 4;
-    let [a, aa, b, bb] = [0, 0, 0, 0];
-    for (let i = 0; i < data.length; i += 4) {
-        const rg = data[i] - data[i + 1];
-        const yb = (data[i] + data[i + 1]) / 2 - data[i + 2];
-        a += rg; aa += rg * rg; b += yb; bb += yb * yb;
-    }
-    const spread = Math.sqrt(aa / n - (a / n) ** 2 + bb / n - (b / n) ** 2);
-    return spread + 0.3 * Math.hypot(a / n, b / n);
-}));
-
-// The most colourful is the best, the least the worst
-async function vote() {
-    const values = await colours();
-    const best = values.indexOf(Math.max(...values));
-    const worst = values.indexOf(Math.min(...values));
-    if (SIZE === 2) return page.keyboard.press(best === 0 ? "ArrowLeft" : "ArrowRight");
-    await page.keyboard.press(String(best + 1));
-    await page.keyboard.press(String(worst + 1));
-}
-
 await walk(async () => {
     await open(1280, 1000);
     await pick("setting_sd_model_checkpoint", "spo-demo");
@@ -63,12 +34,12 @@ await walk(async () => {
             await page.evaluate(() => window.scrollTo(0, 0));
             await shot(`vote_${SIZE}`);
         }
-        await vote();
+        await vote(SIZE);
         if (n === Math.min(20, VOTES - 2)) { // take one back and vote again
             await until("the next", async () => !["", last].includes(await shown("pair")), 60);
             await page.keyboard.press("Backspace");
             await until("the pictures again", async () => (await shown("pair")) === last, 30);
-            await vote();
+            await vote(SIZE);
         }
     }
     await pause(1500);
