@@ -3,6 +3,10 @@
 The noise of a pair's two pictures is independent, as that of a pool's candidates is. (The paper adds the same noise to
 both; measured on the demo checkpoint, heads fitted so are 1 to 11 points worse on candidates. docs/taste.md)
 
+Large latents (32 and more on the shorter side) are read by a strided first layer, and their noise is drawn after it
+(`TasteNetwork.noised_first`), out of a store: a window on numbers drawn once, which moves at random from update to
+update. At full size drawing noise for each pixel took longer than all else.
+
 Votes are dealt into as many folds as the ensemble has members, and each member leaves one fold out. So every vote is
 held out from one member, the accuracy is that of members on votes they have not seen, and no vote is wasted.
 """
@@ -10,6 +14,7 @@ held out from one member, the accuracy is that of members on votes they have not
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,7 +29,7 @@ from torch import Tensor, nn
 from spo.algorithm.diffusion import network_input, scaled_linear_alphas_cumprod, training_sigmas
 from spo.algorithm.preference import Candidates, PreferenceModel
 from spo.errors import SpoError
-from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork
+from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork, squares_of, stride_for
 from spo.preference.taste.votes import Vote, VoteFolder
 from spo.report.tables import table
 from spo.report.win_rate import wilson_interval
@@ -86,7 +91,7 @@ def fit_member(
     position = (settings.seed, "taste", member)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_seed(*position))
-        network = TasteNetwork(settings.width).to(device)
+        network = TasteNetwork(settings.width, stride_for(latents)).to(device)
     log_tie = nn.Parameter(torch.tensor(-1.0, device=device))
     groups: list[dict[str, Any]] = [
         {"params": list(network.parameters())},
@@ -96,6 +101,11 @@ def fit_member(
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=settings.updates)
     sigmas = training_sigmas(scaled_linear_alphas_cumprod())[: settings.timestep_max + 1].float()
     draw = generator(*position, "draws")
+    squares, noises = latents, None
+    if network.stride > 1:
+        squares = squares_of(latents, network.stride)
+        places = squares.shape[2]
+        noises = _Noises(2 * min(settings.pairs_per_update, len(latents)) * places * settings.width, draw, device)
     order: list[int] = []
     for update in range(settings.updates):
         if progress is not None:
@@ -105,11 +115,18 @@ def fit_member(
         rows = torch.tensor(order[: settings.pairs_per_update])
         order = order[settings.pairs_per_update :]
         sigma = sigmas[torch.randint(len(sigmas), (len(rows),), generator=draw)]
-        clean = latents[rows]
-        noise = torch.randn(clean.shape, generator=draw)
-        noisy = (clean + sigma[:, None, None, None, None] * noise).flatten(0, 1).to(device)
+        clean = squares[rows]
         sigma_of_both = sigma.repeat_interleave(2).to(device)  # one level a pair, but independent noise: see above
-        scores = network(network_input(noisy, sigma_of_both), sigma_of_both).unflatten(0, (-1, 2))
+        if noises is None:
+            noise = torch.randn(clean.shape, generator=draw)
+            noisy = (clean + sigma[:, None, None, None, None] * noise).flatten(0, 1).to(device)
+            both = network(network_input(noisy, sigma_of_both), sigma_of_both)
+        else:
+            flat = clean.flatten(0, 1).to(device)
+            first = network.noised_first(flat, sigma_of_both, noises.of((*flat.shape[:2], network.width)))
+            rows_and_columns = [side // network.stride for side in latents.shape[-2:]]
+            both = network.after_first(first.transpose(1, 2).unflatten(2, rows_and_columns), sigma_of_both)
+        scores = both.unflatten(0, (-1, 2))
         loss = davidson_loss(scores[:, 0] - scores[:, 1], answers[rows].to(device), log_tie).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -117,6 +134,19 @@ def fit_member(
         optimizer.step()
         scheduler.step()
     return network.cpu().eval().requires_grad_(False)
+
+
+class _Noises:
+    """Standard normal numbers for up to `count` values at a time: a window on twice as many, elsewhere each time."""
+
+    def __init__(self, count: int, draw: torch.Generator, device: torch.device) -> None:
+        self.count, self.draw = count, draw
+        self.store = torch.randn(2 * count, generator=draw).to(device)
+
+    def of(self, shape: tuple[int, ...]) -> Tensor:
+        """On the device; not to be changed."""
+        first = int(torch.randint(self.count, (), generator=self.draw))
+        return self.store[first : first + math.prod(shape)].view(shape)
 
 
 # ---------------------------------------------------------------------------------------------- fitting and judging

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,28 +55,64 @@ class TasteNetwork(nn.Module):
     Two convolutions, each modulated by the noise level (FiLM, Perez et al. 2018); the means and deviations of their
     features over the picture, and the noise level, go into a small head. Features of larger latents are halved in
     between, while longer than 16. It knows sigma, not the timestep, so that the checkpoint's schedule does not matter.
+
+    stride  above 1: the first convolution reads squares of that side, one beside the other, and the second works on
+            features halved while longer than 8: what a head for large latents costs is then reading them (`stride_for`)
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, stride: int = 1) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.stride = width, stride
         self.level = nn.Sequential(nn.Linear(2 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, 4 * width))
-        self.enter = nn.Conv2d(LATENT_CHANNELS, width, 3, padding=1)
+        side, padding = (3, 1) if stride == 1 else (stride, 0)
+        self.enter = nn.Conv2d(LATENT_CHANNELS, width, side, stride, padding)
         self.inner = nn.Conv2d(width, width, 3, padding=1)
         self.head = nn.Sequential(nn.Linear(7 * width, 2 * width), nn.SiLU(), nn.Linear(2 * width, 1))
         self.told = nn.Linear(2 * _FREQUENCIES, width)  # of the noise level; its name stands in saved files
 
     def forward(self, latents: Tensor, sigma: Tensor) -> Tensor:
+        return self.after_first(self.enter(latents), sigma)
+
+    def noised_first(self, squares: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
+        """[N, places, width] what `enter` makes of latents noised to [N] sigmas, where squares do not overlap.
+
+        squares  [N, places, 4 * stride^2] of the clean latents (`squares_of`)
+        noise    [N, places, width] standard normal
+
+        `enter` is linear, so what it makes of white noise is normal, too, with the covariance W W^T, and independent
+        from square to square: it is drawn there, of as many numbers as there are features, not pixels.
+        """
+        weight = self.enter.weight.flatten(1)
+        covariance = weight @ weight.T
+        least = 1e-6 * covariance.diagonal().mean() * torch.eye(self.width, device=weight.device)
+        root = torch.linalg.cholesky(covariance + least)
+        level = sigma[:, None, None]
+        return (squares @ weight.T + level * (noise @ root.T)) * (1 + level**2).rsqrt() + self.enter.bias
+
+    def after_first(self, first: Tensor, sigma: Tensor) -> Tensor:
+        """[N] scores of [N, width, h, w] first features."""
         levels = _embedded(sigma)
         scale, shift, inner_scale, inner_shift = self.level(levels)[..., None, None].chunk(4, 1)
-        first = self.enter(latents)
         lit = nn.functional.silu(first * (1 + scale) + shift)
         smaller = lit
-        while min(smaller.shape[-2:]) > 16:
+        longest = 16 if self.stride == 1 else 8
+        while min(smaller.shape[-2:]) > longest:
             smaller = nn.functional.avg_pool2d(smaller, 2)
         second = nn.functional.silu(self.inner(smaller) * (1 + inner_scale) + inner_shift)
         pooled = [value for x in (first, lit, second) for value in (x.mean((2, 3)), x.flatten(2).std(2))]
         return self.head(torch.cat([*pooled, self.told(levels)], 1))[:, 0]
+
+
+def stride_for(latents: Tensor) -> int:
+    """The side of the squares that a head for [..., h, w] latents reads: 1 where they are small, 8 at SDXL's size."""
+    side = min(latents.shape[-2:])
+    return 1 if side < 32 else 4 if side < 128 else 8
+
+
+def squares_of(latents: Tensor, stride: int) -> Tensor:
+    """[..., 4, h, w] -> [..., places, 4 * stride^2], row by row; what is over at the right and below is left out."""
+    flat = nn.functional.unfold(latents.flatten(0, -4), stride, stride=stride).transpose(1, 2)
+    return flat.unflatten(0, latents.shape[:-3]).contiguous()
 
 
 def _embedded(sigma: Tensor) -> Tensor:
@@ -140,7 +177,10 @@ def save_taste(head: TasteHead, path: Path) -> None:
 
     tensors = {name: value.cpu().float().contiguous() for name, value in head.members.state_dict().items()}
     metadata = {name: str(value) for name, value in asdict(head.facts).items()}
-    metadata |= {"spo_preference": KIND, "width": str(head.members[0].width), "members": str(len(head.members))}
+    first: Any = head.members[0]
+    metadata |= {"spo_preference": KIND, "width": str(first.width), "members": str(len(head.members))}
+    if first.stride > 1:
+        metadata["stride"] = str(first.stride)
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -153,12 +193,13 @@ def read_taste(file: TensorFile, name: str, place: Placement) -> TasteHead:
     """The head in a file that `save_taste` wrote, in float32. SpoError when it is damaged."""
     try:
         count, width = int(file.metadata["members"]), int(file.metadata["width"])
+        stride = int(file.metadata.get("stride", 1))
         facts = {field.name: file.metadata[field.name] for field in fields(TasteFacts)}
         votes, accuracy = int(facts.pop("votes")), float(facts.pop("held_out_accuracy"))
         json.loads(facts["accuracy_by_timestep"])
-        if not 1 <= count <= 64 or not 1 <= width <= 1024:
-            raise ValueError(f"{count} members of width {width}")
-        members = [TasteNetwork(width) for _ in range(count)]
+        if not 1 <= count <= 64 or not 1 <= width <= 1024 or not 1 <= stride <= 64:
+            raise ValueError(f"{count} members of width {width} and stride {stride}")
+        members = [TasteNetwork(width, stride) for _ in range(count)]
         tensors = read_tensors(file, file.tensors)
         nn.ModuleList(members).load_state_dict({key: value.float() for key, value in tensors.items()})
     except (KeyError, ValueError, RuntimeError) as error:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
+from spo.algorithm.diffusion import network_input
 from spo.algorithm.preference import Candidates
 from spo.algorithm.rollout import RolloutSettings
+from spo.checkpoint.tensor_file import open_tensor_file
 from spo.config import build_config
 from spo.errors import SpoError
 from spo.preference.load import describe_preference, load
-from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork, choose_pair, save_taste
+from spo.preference.taste.head import (
+    TasteFacts,
+    TasteHead,
+    TasteNetwork,
+    choose_pair,
+    save_taste,
+    squares_of,
+    stride_for,
+)
 from tests.tiny_host import MeanOfChannel, TinyHost
 
 
@@ -104,3 +114,71 @@ def test_the_plan_counts_what_a_taste_head_saves(fitted, tmp_path):
 
     assert evaluations("demo") == 2 * (5 + 4 * 15)
     assert evaluations(str(tmp_path / "mine.safetensors")) == 2 * 20
+
+
+# ---- heads for large latents
+
+
+def filled(width=4):
+    """A network whose weights are told by a formula."""
+    network = TasteNetwork(width)
+    with torch.no_grad():
+        for number, value in enumerate(network.parameters()):
+            value.copy_((torch.arange(value.numel()).reshape(value.shape) * 0.37 + number).sin() * 0.3)
+    return network
+
+
+def wave(n, h, w):
+    return (torch.arange(n * 4 * h * w).reshape(n, 4, h, w) * 0.11).sin()
+
+
+def test_files_of_before_large_latents_give_the_same_scores(tmp_path):
+    """Numbers of the version before heads had a stride; its files do not say one."""
+    save_taste(TasteHead([filled()], TasteFacts()), tmp_path / "old.safetensors")
+    assert "stride" not in open_tensor_file(tmp_path / "old.safetensors").metadata
+    network = load(tmp_path / "old.safetensors").members[0]
+    sigma = torch.tensor([0.5, 3.0])
+    torch.testing.assert_close(network(wave(2, 8, 8), sigma), torch.tensor([-0.943002, -0.403448]), atol=2e-5, rtol=0)
+    torch.testing.assert_close(network(wave(2, 48, 40), sigma), torch.tensor([-1.076939, -0.370008]), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"), [((8, 8), 1), ((31, 64), 1), ((32, 32), 4), ((64, 96), 4), ((128, 144), 8)]
+)
+def test_the_stride_follows_the_shorter_side(size, stride):
+    assert stride_for(torch.empty(2, 4, *size)) == stride
+
+
+def test_a_strided_head_is_read_back_and_scores_other_sizes(tmp_path):
+    torch.manual_seed(0)
+    head = TasteHead([TasteNetwork(8, stride=4), TasteNetwork(8, stride=4)], TasteFacts())
+    save_taste(head, tmp_path / "large.safetensors")
+    read = load(tmp_path / "large.safetensors")
+    for size in ((64, 64), (64, 96), (67, 41)):
+        x = torch.randn(2, 1, 4, *size)
+        assert torch.equal(read.score(candidates(x), ["a"]), head.score(candidates(x), ["a"]))
+
+
+def test_noise_drawn_after_the_first_layer_is_distributed_as_before_it():
+    """Mean and covariance of the features over many draws; without noise the features themselves."""
+    torch.manual_seed(1)
+    network = TasteNetwork(3, stride=4)
+    clean, sigma = torch.randn(1, 4, 8, 8), torch.tensor(1.7)
+    squares = squares_of(clean, 4)
+    assert squares.shape == (1, 4, 64)
+
+    def pixels(count):
+        many = clean.expand(count, -1, -1, -1)
+        noisy = many + sigma * torch.randn(many.shape)
+        return network.enter(network_input(noisy, sigma.expand(count))).flatten(2).transpose(1, 2)
+
+    def features(count, sigma=sigma):
+        noise = torch.randn(count, 4, 3)
+        return network.noised_first(squares.expand(count, -1, -1), sigma.expand(count), noise)
+
+    with torch.no_grad():
+        plain = network.enter(clean).flatten(2).transpose(1, 2)
+        torch.testing.assert_close(features(1, torch.tensor(0.0)), plain, atol=1e-5, rtol=0)
+        before, after = pixels(20_000), features(20_000)
+    torch.testing.assert_close(before.mean(0), after.mean(0), atol=0.02, rtol=0)
+    torch.testing.assert_close(before.flatten(1).T.cov(), after.flatten(1).T.cov(), atol=0.02, rtol=0)
