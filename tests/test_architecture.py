@@ -35,6 +35,8 @@ IMPORTED_LATE = {
     "yaml": "for .yaml files only",
     "bitsandbytes": "optional: 8-bit AdamW",
     "tensorboard": "optional",
+    "accelerate": "for several processes only",
+    "psutil": "comes with accelerate",
     "lpips": "optional: a distance between pictures",
     "modules": "the WebUI, which is there only inside it",
     "k_diffusion": "the same",

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             flags = [flag for action in options.parser._actions for flag in action.option_strings]
             raise SpoError(f'"{unknown[0]}" is not known to "spo {options.command}"{nearest(unknown[0], flags)}.')
+        options.arguments = sys.argv[1:] if arguments is None else list(arguments)
         return int(options.run(options))
     except SpoError as error:
         print(f"spo: {error}", file=sys.stderr)

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from spo.algorithm.preference import PreferenceModel
 from spo.checkpoint.inspect import inspect_checkpoint
 from spo.cli.progress_bar import progress_bar
 from spo.cli.settings_flags import add_settings, given_values, require
+from spo.cli.several import add_gpus, launch, launches, loaded, on_own_device, processes_of_launch, weights_of
 from spo.config import Config, build_config
 from spo.errors import SpoError
 from spo.headless.device import card_size_gib
@@ -27,6 +29,8 @@ from spo.training.judges import load_judges, with_judges
 from spo.training.live_taste import live_taste
 from spo.training.loop import check_output, train
 from spo.training.memory import loaded_scorer
+from spo.training.processes import ALONE, Processes
+from spo.training.validation import Judges
 
 
 def add_train(command: Callable[[str, Callable[[argparse.Namespace], int], str], Any]) -> None:
@@ -45,10 +49,18 @@ def add_train(command: Callable[[str, Callable[[argparse.Namespace], int], str],
     )
     parser.add_argument("--json", action="store_true", help="with --dry-run: the plan as one JSON object")
     parser.add_argument("--resume", action="store_true", help="go on with the run of --output")
+    add_gpus(parser)
     add_settings(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
+    if not options.dry_run and launches(options):
+        return launch(options.gpus, options.arguments)
+    with processes_of_launch(getattr(options, "device", "auto")) as processes:
+        return _train(options, processes)
+
+
+def _train(options: argparse.Namespace, processes: Processes) -> int:
     values = given_values(options)
     has_pairs = values.get("method") == "dpo" and bool(values.get("pairs"))
     require(values, "checkpoint", *(() if has_pairs else ("prompts", "preference")), "output")
@@ -65,7 +77,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run(config, prompts, plan, options.card_gib, as_json=options.json)
     print(plan.text())
-    return train_headless(config, prompts, resume=options.resume)
+    return train_headless(config, prompts, resume=options.resume, processes=processes)
 
 
 def _dry_run(config: Config, prompts: Sequence[str], plan: Plan, card_gib: float | None, *, as_json: bool) -> int:
@@ -89,21 +101,28 @@ def _dry_run(config: Config, prompts: Sequence[str], plan: Plan, card_gib: float
     return 3 if card_gib is not None and not memory.fits(card_gib) else 0
 
 
-def train_headless(config: Config, prompts: Sequence[str], *, resume: bool) -> int:
+def train_headless(config: Config, prompts: Sequence[str], *, resume: bool, processes: Processes = ALONE) -> int:
     """Load everything, train with a progress bar, draw the curves, print what came of it.
 
     Returns the exit code. 0: done; 2: no pool gave a pair, so that there is no LoRA; 130: stopped.
     """
-    host = load_host(config)
-    with progress_bar() as watcher:
-        preference = None
-        if config.preference.preference:
-            loaded = loaded_scorer(
-                lambda: load_preference(config, host.device, host.architecture, watcher.log), watcher.log
-            )
-            preference = live_taste(config, loaded, say=watcher.log)
-        judges = loaded_scorer(lambda: load_judges(config, host, watcher.log), watcher.log)
-        report = train(host, config, prompts, preference, watcher, resume=resume, judges=judges)
+    host = loaded(lambda: load_host(on_own_device(config, processes)), weights_of(config), processes)
+    with progress_bar(processes.index) as watcher:
+
+        def load() -> tuple[PreferenceModel | None, Judges]:
+            preference = None
+            if config.preference.preference:
+                scorer = loaded_scorer(
+                    lambda: load_preference(config, host.device, host.architecture, watcher.log), watcher.log
+                )
+                preference = live_taste(config, scorer, say=watcher.log)
+            judges = loaded_scorer(lambda: load_judges(config, host, watcher.log), watcher.log)
+            return preference, judges
+
+        preference, judges = loaded(load, weights_of(config), processes)
+        report = train(host, config, prompts, preference, watcher, resume=resume, judges=judges, processes=processes)
+    if processes.index > 0:
+        return 0 if report.finished else 130
     picture = report.files.curves
     curves(report.files.metrics, picture)
     if report.finished and report.output is None:

@@ -34,6 +34,7 @@ from spo.progress import StopRequested, Watcher
 from spo.rng import generator, stable_seed
 from spo.training.host import Host, ladder_of
 from spo.training.memory import Portion, in_portions
+from spo.training.processes import ALONE, Processes, any_of, share_of
 
 CHUNK = 64  # rows of the source that one file holds
 
@@ -77,13 +78,21 @@ def finished_pairs(
     folder: Path,
     portion: Portion,
     watcher: Watcher,
+    processes: Processes = ALONE,
 ) -> FinishedPairs:
     """The pairs of a run, made or read into `folder`, `CHUNK` rows a file; what lies there already is taken as it is.
 
-    prompts  of the pairs to be made, all known to the host; portion: how many pictures are made at a time
+    prompts  of the pairs to be made, all known to the host; portion: how many pictures are made at a time; processes:
+             who make them together
 
     Raises StopRequested between files, and SpoError when no pair is left.
     """
+
+    def write(file: Path, of: range, shares: Sequence[FinishedPairs]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(file, FinishedPairs.cat([some for some in shares if len(some)] or shares[:1]))
+        watcher.log(f"{of.stop} of {rows} pairs are ready.")
+
     path = config.preference.pairs
     rows: int
     chunk: Callable[[range], FinishedPairs]
@@ -100,16 +109,17 @@ def finished_pairs(
         rows = len(source)
         chunk = lambda some: _labelled(source, host, config, some)  # noqa: E731
 
-    folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for first in range(0, rows, CHUNK):
         file = folder / f"{first // CHUNK:06d}.safetensors"
-        if not file.exists():
-            if watcher.should_stop():
+        of = range(first, min(first + CHUNK, rows))
+        if not processes.on_main(file.exists):
+            if any_of(processes, watcher.should_stop()):
                 raise StopRequested
-            _write(file, chunk(range(first, min(first + CHUNK, rows))))
-            watcher.log(f"{min(first + CHUNK, rows)} of {rows} pairs are ready.")
-        parts.append(_read(file))
+            mine = share_of(processes, of)
+            shares = processes.gather(lambda mine=mine: chunk(mine) if mine else _none())  # type: ignore[misc]
+            processes.on_main(lambda file=file, of=of, shares=shares: write(file, of, shares))  # type: ignore[misc]
+        parts.append(processes.on_main(lambda file=file: _read(file)))  # type: ignore[misc]
     parts = [part for part in parts if len(part)]
     if not parts:
         raise SpoError(
@@ -148,6 +158,10 @@ def noised(
         step=step,
         gap=torch.ones_like(sigma),
     ).to(host.device)  # fmt: skip
+
+
+def _none() -> FinishedPairs:
+    return FinishedPairs([], torch.zeros(0), torch.zeros(0))
 
 
 def _is_votes(path: str) -> bool:
@@ -191,7 +205,7 @@ def _voted(folder: VoteFolder, rows: range) -> FinishedPairs:
     votes = folder.votes()[rows.start : rows.stop]
     chosen = [vote for vote in votes if vote.answer in ("left", "right")]
     if not chosen:
-        return FinishedPairs([], torch.zeros(0), torch.zeros(0))
+        return _none()
     latents = torch.stack([folder.latents(vote.id) for vote in chosen])
     left = torch.tensor([vote.answer == "left" for vote in chosen])[:, None, None, None]
     first, second = latents[:, 0], latents[:, 1]
@@ -215,7 +229,7 @@ def _labelled(source: PairSource, host: Host, config: Config, rows: range) -> Fi
         wins.append(first if pair.label_0 > 0.5 else second)
         loses.append(second if pair.label_0 > 0.5 else first)
     if not prompts:
-        return FinishedPairs([], torch.zeros(0), torch.zeros(0))
+        return _none()
     return FinishedPairs(prompts, torch.stack(wins), torch.stack(loses))
 
 

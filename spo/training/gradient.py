@@ -62,8 +62,11 @@ def accumulate_gradient(
     loss: RatioLoss,
     portions: Portions,
     scaler: Any,
+    share: range | None = None,
 ) -> list[PairLoss]:
     """Add the gradient of one update's pairs to the adapter's weights, `portions.pairs` at a time; the loss of each.
+
+    share   which of the pairs are evaluated here, None: all; the gradients of all shares add up to that of the update
 
     As in the published run the mean is taken over `pairs_per_update` pairs, those of one GPU, and then over
     `accumulation` such groups, whatever is evaluated at a time. scaler: see `optimizer.make_scaler`
@@ -72,6 +75,8 @@ def accumulate_gradient(
     refinements = configured_refinements(config)
     size, results = config.optimizer.pairs_per_update, []
     groups = math.ceil(len(pairs) / size)
+    share = range(len(pairs)) if share is None else share
+    scaler.scale(pairs.sigma.new_zeros(()))  # the scale exists from its first use on, also where no pair is evaluated
     for begin in range(0, len(pairs), size):
         end = min(begin + size, len(pairs))
         count = (end - begin) * groups
@@ -79,8 +84,9 @@ def accumulate_gradient(
         def backward(losses: Tensor, count: int = count) -> None:
             scaler.scale(losses.sum() / count).backward()
 
-        for first in range(begin, end, portions.pairs.size):
-            rows = torch.arange(first, min(first + portions.pairs.size, end), device=pairs.sigma.device)
+        stop = min(end, share.stop)
+        for first in range(max(begin, share.start), stop, portions.pairs.size):
+            rows = torch.arange(first, min(first + portions.pairs.size, stop), device=pairs.sigma.device)
             some = pairs.rows(rows)
             if portions.apart and not bool(some.shared.all()):
                 result = backward_by_sides(policy, reference, some, loss, backward, config.rollout.eta, refinements)

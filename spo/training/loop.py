@@ -14,7 +14,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -33,11 +33,7 @@ from spo.errors import SpoError
 from spo.files import write_patiently, write_text
 from spo.images import to_picture
 from spo.lora.adapter import Adapter, configured_adapter
-from spo.lora.layer import with_one_alpha
-from spo.lora.metadata import LoraFacts, lora_metadata
-from spo.lora.module_names import file_name
 from spo.lora.read import check_matches, read_lora
-from spo.lora.write import write_lora
 from spo.preference.load import fingerprint
 from spo.progress import Progress, StopRequested, Watcher
 from spo.report.grids import grid
@@ -62,6 +58,7 @@ from spo.training.memory import (
 )
 from spo.training.optimizer import compiled, fast_cuda_math, make_optimizer, make_scaler, repeatable_first_step
 from spo.training.pending import PendingPairs
+from spo.training.processes import ALONE, Processes, any_of, share_of
 from spo.training.resume import check_same_run, run_facts
 from spo.training.schedule import (
     FRUITLESS_ROLLOUTS,
@@ -78,6 +75,7 @@ from spo.training.stages import Stages
 from spo.training.statistics import BatchStatistics, pool_statistics
 from spo.training.teaching_window import TeachingWindow
 from spo.training.validation import Judges, measure, prompts_of_checks
+from spo.training.write_stage import stages_of_spo, write_stage
 
 KIND = "LoRA"  # of run, in its state file
 SKIPPED_UPDATES = 20  # overflows in a row after which a run ends; the scale has fallen a million times by then
@@ -114,6 +112,7 @@ def train(
     resume: bool = False,
     loss: RatioLoss | None = None,
     judges: Judges | None = None,
+    processes: Processes = ALONE,
 ) -> TrainingReport:
     """Train a LoRA for the host's checkpoint and write it to `config.run.output`. The network is left as found.
 
@@ -121,6 +120,7 @@ def train(
     resume  go on from the state in the output's run folder; what may have changed meanwhile: `resume.FREE`
     loss    of the pairs' log ratios, in place of the configured one
     judges  who say which stage is the best (see `stages`), which is the output then; None: nobody, and it is the last
+    processes  that train together; each calls this with a host of its own, and the main one writes (see `processes`)
 
     Raises SpoError for what the user can put right: before anything is written, or with the last good state saved.
     """
@@ -131,18 +131,22 @@ def train(
     per_update = settings.pairs_per_update * settings.accumulation
     loss = loss or configured_loss(config)
     portions = portions_of(config)
+    is_main = processes.index == 0
+    if isinstance(preference, LiveTaste) and processes.count > 1:  # each would read other votes, and score otherwise
+        raise SpoError(f"A run that learns from votes on the way needs one process, not {processes.count}.")
 
     # ---- May it begin, or go on? Nothing is touched before.
     facts = run_facts(config, host, stable_seed(*prompts), fingerprint(config.preference.preference))
     facts |= {"run_id": uuid.uuid4().hex, "started_at": time.time()}
-    saved = load_state(files.state, KIND) if resume else None
+    saved = processes.on_main(lambda: load_state(files.state, KIND) if resume else None)
     if saved is None:
-        check_output(config)
+        processes.on_main(lambda: check_output(config))
     else:
         check_same_run(saved.facts, facts, allow_other_preference=config.run.allow_other_preference)
         facts |= {key: saved.facts[key] for key in ("run_id", "started_at")}
         if judges and "stages" not in saved.objects:
-            watcher.log("This run was begun without checks of its stages, so it goes on without.")
+            if is_main:
+                watcher.log("This run was begun without checks of its stages, so it goes on without.")
             judges = None
     validation = config.validation if judges and config.validation.validate_every else None
     checked_prompts = prompts_of_checks(config, prompts) if validation else []
@@ -194,22 +198,28 @@ def train(
                 watcher.log,
                 "shorten the longest prompts, or close other programs",
             )
-        if saved is None and config.run.replace:
-            files.delete()
-            for stage in _stages_of_spo(files):  # or keep_last would count the former run's
-                stage.unlink()
-        files.folder.mkdir(parents=True, exist_ok=True)
-        metrics = MetricsFile(files.metrics, watcher.log, keep_batches=position.batch if resume else None)
-        write_text(files.config, json.dumps(config.flat(), indent=2) + "\n")
-        write_text(files.prompts, json.dumps(prompts, indent=1, ensure_ascii=False) + "\n")
+        metrics: Any = None
         board: Any = None
-        with suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
 
-            board = SummaryWriter(str(files.tensorboard), purge_step=position.step)
-            leave_as_found.callback(board.close)
-        if saved is None:
-            save_state(files.state, KIND, facts, survivors)
+        def begin_folder() -> None:
+            nonlocal metrics, board
+            if saved is None and config.run.replace:
+                files.delete()
+                for stage in stages_of_spo(files):  # or keep_last would count the former run's
+                    stage.unlink()
+            files.folder.mkdir(parents=True, exist_ok=True)
+            metrics = MetricsFile(files.metrics, watcher.log, keep_batches=position.batch if resume else None)
+            write_text(files.config, json.dumps(config.flat(), indent=2) + "\n")
+            write_text(files.prompts, json.dumps(prompts, indent=1, ensure_ascii=False) + "\n")
+            with suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                board = SummaryWriter(str(files.tensorboard), purge_step=position.step)
+                leave_as_found.callback(board.close)
+            if saved is None:
+                save_state(files.state, KIND, facts, survivors)
+
+        processes.on_main(begin_folder)
 
         began = time.monotonic() - position.seconds
         last_row: dict[str, float] = {}
@@ -229,10 +239,14 @@ def train(
             return validation is not None and stages.due(position.step, validation.validate_every, done())
 
         def save() -> None:
+            if not is_main:
+                return
             write_patiently(lambda: save_state(files.state, KIND, facts, survivors), files.state, watcher.log)
 
         def write_row() -> None:
             nonlocal last_row
+            if not is_main:
+                return
             row = statistics.row(position, batches_per_epoch(len(prompts), config), optimizer.param_groups[0]["lr"])
             metrics.add(row)
             last_row = {name: value for name, value in row.items() if isinstance(value, int | float)}
@@ -242,7 +256,7 @@ def train(
 
         def write_lora_to(path: Path, step: int | None = None) -> bool:
             written = write_patiently(
-                lambda: _write_lora(path, adapter, host, config, position.step if step is None else step, facts),
+                lambda: write_stage(path, adapter, host, config, position.step if step is None else step, facts),
                 path,
                 watcher.log,
             )
@@ -262,9 +276,12 @@ def train(
             report("validation")
             found, features = measure(
                 host, config, checked_prompts, position.step, preference, judges or Judges(), portions, watcher,
-                stages.features,
+                stages.features, processes,
             )  # fmt: skip
             is_best = stages.add(found, features, adapter.state_dict())
+            end = stages.over(validation)
+            if not is_main:
+                return
             check_rows = stages.rows()
             write_patiently(lambda: write_rows(files.validation, check_rows), files.validation, watcher.log)
             if board is not None:
@@ -272,21 +289,21 @@ def train(
                     board.add_scalar(f"spo_validation/{name}", value, position.step)
             for text in stages.news(validation):
                 watcher.log(text)
-            end = stages.over(validation)
             if is_best and not done() and not files.stage(position.step).exists():
                 write_lora_to(files.stage(position.step))
                 drop_old_stages()
             report("validation")
 
         def sample() -> None:
-            _sample(host, config, sample_prompts, position.step, files, portions, watcher)
+            if is_main:
+                _sample(host, config, sample_prompts, position.step, files, portions, watcher)
 
         rolled_out = made_way = False
         try:
             # ---- Diffusion-DPO: the pairs of finished pictures, before the first update. Their prompts are the run's.
             if is_dpo:
                 finished_ones = finished_pairs(
-                    host, config, prompts, preference, files.pairs, portions.prompts, watcher
+                    host, config, prompts, preference, files.pairs, portions.prompts, watcher, processes
                 )
                 prompts = finished_ones.prompts
 
@@ -297,13 +314,13 @@ def train(
                 # ---- A check of the stage, where one is due. It may be the last one.
                 if check_due():
                     check()
-                if done() or watcher.should_stop():
+                if done() or any_of(processes, watcher.should_stop()):
                     break
 
-                # ---- Rollout: one batch of pictures, a portion of prompts at a time; its pairs are shuffled over
-                # prompts and steps, behind those that the batch before left over.
+                # ---- Rollout: one batch of pictures, its prompts dealt out, a portion of them at a time. Every process
+                # then has all pairs, shuffled over prompts and steps, behind those that the batch before left over.
                 if not statistics.images:
-                    made_way = rolled_out and watcher.make_way()
+                    made_way = any_of(processes, rolled_out and watcher.make_way())
                     if made_way:
                         break
                     rolled_out = True
@@ -319,12 +336,15 @@ def train(
                         new_pairs = noised(finished_ones, rows, draws, config, host)
                     else:
                         assert preference is not None, "method spo needs a preference model"
+                        of = share_of(processes, range(len(batch_prompts)))
+                        mine = partial(
+                            roll_out, host, window.narrowed(config, position.batch), [batch_prompts[i] for i in of],
+                            [seeds[i] for i in of], preference, portions, watcher,
+                        )  # fmt: skip
                         with average.acting():
-                            rollout = roll_out(
-                                host, window.narrowed(config, position.batch), batch_prompts, seeds, preference,
-                                portions, watcher,
-                            )  # fmt: skip
-                        new_pairs, pools = rollout.pairs, rollout.pools
+                            rollout = join_rollouts([one for one in processes.gather(mine if of else _nothing) if one])
+                        new_pairs = None if rollout.pairs is None else rollout.pairs.to(host.device)
+                        pools = rollout.pools
                         window.learn(pools, position.batch)
                         del rollout
                     statistics.rollout, statistics.images = pool_statistics(pools), len(batch_prompts)
@@ -340,8 +360,9 @@ def train(
                     if host.device.type != "cpu":
                         free_memory()
 
-                # ---- Update: the gradient of the next pairs, each used once. Fewer than an update's wait for the next
-                # batch, or, where nothing is carried over, make a smaller update.
+                # ---- Update: the gradient of the next pairs, each used once, dealt out; the sum over processes is that
+                # of all. Fewer than an update's wait for the next batch, or, where nothing is carried over, make a
+                # smaller update.
                 last_batch = not settings.steps and is_done(
                     config, dataclasses.replace(position, batch=position.batch + 1), len(prompts)
                 )
@@ -360,15 +381,20 @@ def train(
                     def gradient(pairs: Pairs = pairs) -> list[PairLoss]:
                         optimizer.zero_grad(set_to_none=True)  # from scratch, so that it can be done again
                         return accumulate_gradient(
-                            host, adapter, pairs, pending.prompts, config, loss, portions, scaler
+                            host, adapter, pairs, pending.prompts, config, loss, portions, scaler,
+                            share_of(processes, range(len(pairs))),
+                        )  # fmt: skip
+
+                    def lessened() -> list[PairLoss]:
+                        return retry_with_less(
+                            gradient, lambda: portions.lessen_training(host), watcher.log, _LESS_MEMORY
                         )
 
                     for overflows in range(1, SKIPPED_UPDATES + 1):
-                        results = retry_with_less(
-                            gradient, lambda: portions.lessen_training(host), watcher.log, _LESS_MEMORY
-                        )
+                        results = [result for some in processes.gather(lessened) for result in some]
                         if not all(bool(torch.isfinite(result.loss).all()) for result in results):
                             raise _not_finite("loss", position, files)
+                        processes.sum_gradients(adapter.parameters())
                         scaler.unscale_(optimizer)
                         norm = float(nn.utils.clip_grad_norm_(adapter.parameters(), settings.clip_norm or math.inf))
                         if math.isfinite(norm):
@@ -409,11 +435,12 @@ def train(
                 # ---- On the way: the state and a stage of the LoRA; pictures.
                 if updated:
                     run, step = config.run, position.step
-                    if run.save_every and step % run.save_every == 0 and not is_done(config, position, len(prompts)):
+                    save_now = run.save_every and step % run.save_every == 0
+                    if is_main and save_now and not is_done(config, position, len(prompts)):
                         save()
                         if write_lora_to(files.stage(step)):
                             drop_old_stages()
-                    if (run.sample_every and step % run.sample_every == 0) or watcher.sample_now():
+                    if (run.sample_every and step % run.sample_every == 0) or (is_main and watcher.sample_now()):
                         sample()
         except StopRequested:
             pass  # in the middle of a rollout, which is done again on resume
@@ -428,8 +455,10 @@ def train(
             write_row()
         position.seconds = time.monotonic() - began
         save()
-        output = None
-        if position.step and not made_way:
+
+        def write_output() -> Path | None:
+            if not position.step or made_way:
+                return None
             output = files.output if finished else files.stage(position.step)
             better = stages.best_step if finished and stages.best_step != position.step else 0
             if better:
@@ -443,6 +472,9 @@ def train(
                 write_text(files.settings, json.dumps(config.flat(), indent=2) + "\n")
             if better or not finished:
                 drop_old_stages()
+            return output
+
+        output = processes.on_main(write_output)
         verdict = stages.verdict(position.step, finished=finished) if validation else ""
         return TrainingReport(finished, made_way, position.step, output, files, position.seconds, verdict)
 
@@ -520,6 +552,10 @@ def optimizer_step(optimizer: torch.optim.Optimizer, scaler: Any, adapter: Adapt
     scaler.update()
 
 
+def _nothing() -> None:
+    """What a process rolls out for which no prompt is left."""
+
+
 def _sample(
     host: Host,
     config: Config,
@@ -542,51 +578,6 @@ def _sample(
     picture = grid([[to_picture(one) for one in pixels]], [f"step {step}"], prompts)
     files.samples.mkdir(exist_ok=True)
     write_patiently(lambda: picture.save(files.sample(step)), files.sample(step), watcher.log)
-
-
-def _write_lora(path: Path, adapter: Adapter, host: Host, config: Config, step: int, facts: Mapping[str, Any]) -> None:
-    """The adapter as it is now as a LoRA file, that of update `step`; one of this run's own is replaced."""
-    network = [name for name, _ in host.network.named_modules()]
-    named = {
-        file_name(name, host.naming, host.architecture, network): layer for name, layer in adapter.weights().items()
-    }
-    lora_facts = LoraFacts(
-        architecture=host.architecture,
-        prediction_type=host.prediction_type,
-        rank=config.lora.rank,
-        alpha=config.lora.alpha,
-        checkpoint_name=host.checkpoint_name,
-        checkpoint_hash=host.checkpoint_hash,
-        started_at=facts["started_at"],
-        learning_rate=config.optimizer.learning_rate,
-        steps=step,
-        epochs=config.optimizer.epochs,
-        seed=config.run.seed,
-        batch_size=config.optimizer.prompts_per_batch,
-        precision=str(host.dtype).removeprefix("torch."),
-        width_px=config.prompt.width,
-        height_px=config.prompt.height,
-        run_id=facts["run_id"],
-        spo_config=config.flat(),
-    )
-    write_lora(
-        path,
-        with_one_alpha(named),  # some loaders apply one alpha to all layers
-        lora_metadata(path.stem, lora_facts),
-        dtype=getattr(torch, config.run.save_precision),
-        replace=config.run.replace or (path.exists() and _run_id_of(path) == facts["run_id"]),
-    )
-
-
-def _stages_of_spo(files: RunFiles) -> list[Path]:
-    """The output's stages that SPO wrote."""
-    return [path for path in files.stages() if _run_id_of(path)]
-
-
-def _run_id_of(path: Path) -> str:
-    with suppress(SpoError):
-        return read_lora(path).metadata.get("spo_run_id", "")
-    return ""
 
 
 def _weights_are_finite(adapter: Adapter) -> bool:

@@ -22,6 +22,7 @@ from spo.progress import StopRequested, Watcher
 from spo.rng import stable_seed
 from spo.training.host import Host
 from spo.training.memory import Portion, Portions, ScoredInPortions, in_portions
+from spo.training.processes import ALONE, Processes, share_of
 from spo.training.stages import Check
 
 PROMPTS = 16  # of training's, where none are given
@@ -75,12 +76,14 @@ def measure(
     portions: Portions,
     watcher: Watcher,
     base: Tensor | None,
+    processes: Processes = ALONE,
 ) -> tuple[Check, Tensor]:
     """(check, features of its pictures) of the network as it is.
 
     prompts     `prompts_of_checks`, prepared; step: of the LoRA, 0: the base
     preference  None: training follows given pairs, and `score` stays empty
     base        the base's features, None for the base itself
+    processes   among which the pictures are dealt out; all get what all measured
 
     A portion at a time, fewer when memory runs out; raises StopRequested between two of them when a stop is wanted.
     """
@@ -96,7 +99,7 @@ def measure(
     def pictures(some: range) -> tuple[Tensor, Tensor, Tensor]:
         if watcher.should_stop():
             raise StopRequested
-        part = slice(some.start, some.stop)
+        part = slice(mine.start + some.start, mine.start + some.stop)
         rollout = host.rollout(rows[part], seeds[part], plain, None, None)
         pool = Candidates(rollout.x[None], rollout.sigma, 0.0, rollout.x[None], host.decode)
         scores = torch.full((len(rollout.x),), torch.nan)
@@ -107,30 +110,48 @@ def measure(
     def lessen() -> str | None:
         return portions.prompts.halve() or portions.lessen_scoring(host)
 
-    parts = in_portions(pictures, len(rows), portions.prompts, watcher.log, _LESS_MEMORY, lessen=lessen)
-    pixels, latents, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-
-    def judged(judge: Judge | None, wanted: Sequence[str]) -> tuple[float, ...]:
-        if judge is None:
-            return ()
-
+    def judged(judge: Judge, wanted: Sequence[str], pixels: Tensor, latents: Tensor) -> Tensor:
         def some(of: range) -> Tensor:
-            part = slice(of.start, of.stop)
-            scores = judge.scores(pixels[part], latents[part], wanted[part])
+            part, prompts = slice(of.start, of.stop), wanted[mine.start + of.start : mine.start + of.stop]
+            scores = judge.scores(pixels[part], latents[part], prompts)
             # of one picture that shows something else the logarithm can be as low as it likes
             return scores.exp() if judge.adherence == "log-probability" else scores
 
         portion = Portion("pictures judged at a time", JUDGED_AT_A_TIME)
-        return _by_prompt(torch.cat(in_portions(some, len(rows), portion, watcher.log, _LESS_MEMORY)), count)
+        return torch.cat(in_portions(some, len(mine), portion, watcher.log, _LESS_MEMORY))
 
-    features = _features(pixels)
+    def measured() -> dict[str, Tensor]:
+        """Of this process's pictures."""
+        if not mine:
+            return {}
+        parts = in_portions(pictures, len(mine), portions.prompts, watcher.log, _LESS_MEMORY, lessen=lessen)
+        pixels, latents, scores = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        values = {"features": _features(pixels)}
+        if preference is not None:
+            values["score"] = scores
+        if judges.judge is not None:
+            values["judge"] = judged(judges.judge, rows, pixels, latents)
+        if judges.adherence is not None:
+            values["adherence"] = judged(judges.adherence, rows, pixels, latents)
+            if base is None:
+                values["chance"] = judged(judges.adherence, others, pixels, latents)
+        return values
+
+    mine = share_of(processes, range(len(rows)))
     others = [*rows[count:], *rows[:count]]  # each picture with the next prompt
+    shares = [share for share in processes.gather(measured) if share]
+    values = {name: torch.cat([share[name] for share in shares]) for name in shares[0]}
+    features = values["features"]
+
+    def by_prompt(name: str) -> tuple[float, ...]:
+        return _by_prompt(values[name], count) if name in values else ()
+
     check = Check(
         step,
-        score=() if preference is None else _by_prompt(scores, count),
-        judge=judged(judges.judge, rows),
-        adherence=judged(judges.adherence, rows),
-        chance=judged(judges.adherence, others) if base is None else (),
+        score=by_prompt("score"),
+        judge=by_prompt("judge"),
+        adherence=by_prompt("adherence"),
+        chance=by_prompt("chance"),
         diversity=tuple(diversity(features, rows, rms_distance).tolist()),
         drift=() if base is None else _by_prompt(drift(base, features, rms_distance), count),
     )
