@@ -22,14 +22,13 @@ from spo.training.processes import ALONE, Processes, any_of
 
 T = TypeVar("T")
 ENDING_S = 60
+GPUS_HELP = "work on N cards of this machine (default: 1), by Hugging Face Accelerate"
 _BY_US = "SPO_STARTED_BY_GPUS"  # set for processes that `launch` started, which says itself when one of them dies
 
 
 def add_gpus(parser: argparse.ArgumentParser) -> None:
     """Add --gpus to a command that several processes can do together."""
-    parser.add_argument(
-        "--gpus", type=int, metavar="N", help="work on N cards of this machine (default: 1), by Hugging Face Accelerate"
-    )
+    parser.add_argument("--gpus", type=int, metavar="N", help=GPUS_HELP)
 
 
 def is_started() -> bool:
@@ -39,7 +38,7 @@ def is_started() -> bool:
 
 def launches(options: argparse.Namespace) -> bool:
     """Whether this process only starts others. SpoError for a number of cards that is not here."""
-    wanted, started = options.gpus, int(os.environ.get("WORLD_SIZE", "1"))
+    wanted, started = getattr(options, "gpus", None), int(os.environ.get("WORLD_SIZE", "1"))
     if wanted is None:
         return False
     if is_started():

@@ -11,10 +11,18 @@ from spo.training.write_stage import stages_of_spo, write_stage
 from tests.tiny_host import TinyHost, small
 
 
+def learnt(host, config):
+    """An adapter that changes something."""
+    adapter = configured_adapter(host.network, config, {})
+    for parameter in adapter.parameters():
+        parameter.data.fill_(0.1)
+    return adapter
+
+
 def test_a_run_replaces_its_own_file_and_no_other(tmp_path):
     config = small(tmp_path)
     host, files = TinyHost(config), RunFiles.of(config.run.output)
-    adapter = configured_adapter(host.network, config, {})
+    adapter = learnt(host, config)
     mine, other = ({"run_id": name, "started_at": 0.0} for name in ("mine", "other"))
     for step in (1, 2):
         write_stage(files.output, adapter, host, config, step, mine)
@@ -28,7 +36,7 @@ def test_stages_of_a_run_are_told_from_files_of_others(tmp_path):
     files.stage(1).write_bytes(b"not a LoRA of ours")
     write_stage(
         files.stage(2),
-        configured_adapter(host.network, config, {}),
+        learnt(host, config),
         host,
         config,
         2,
