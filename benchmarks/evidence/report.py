@@ -225,7 +225,7 @@ def _draw_bars(rows: Sequence[dict[str, Any]], paper_rows: Sequence[dict[str, An
     axes.set_yticks(range(len(rows)), [f"{row['variant']} ({row['recognised']:.0%})" for row in reversed(rows)])
     if paper is not None:
         axes.axvline(paper, color="#667085", linestyle=":", linewidth=1)
-    axes.set_xlabel(f"gain of true taste at {BUDGET} evaluations; dots: training seeds; in brackets: kept subjects")
+    axes.set_xlabel(f"gain of true taste at {BUDGET} evaluations; dots: seeds; in brackets: kept subjects")
     axes.set_title(title, loc="left")
     _save(figure, path)
 
