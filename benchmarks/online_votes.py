@@ -115,7 +115,7 @@ def run(work: Path, taste: str, seed: int, online: bool, updates: int, steps: in
         return
     output = work / f"{name}.safetensors"
     values = {"output": str(output), "preference": "", "sample_every": 0, "save_every": 10, "validate_every": 0}
-    values |= {"steps": updates, "sampling_steps": steps, "seed": seed, "learning_rate": rate}
+    values |= {"steps": updates, "sampling_steps": steps, "seed": seed, "learning_rate": rate, "step_weight": "paper"}
     config = demo_config(work, values)
     host = load_host(config)
     voter, folder, began = Voter(taste, seed), VoteFolder(work / f"votes_{name}"), time.process_time()

@@ -431,7 +431,8 @@ def train_one(work: Path, head: str, taste: str) -> None:
     if result.exists():
         return
     updates = {"taste": UPDATES, "clip": CLIP_UPDATES}[head]
-    config = demo_config(work, {"output": str(output), "preference": head, "sample_every": 0, "steps": updates})
+    changes = {"preference": head, "sample_every": 0, "steps": updates, "step_weight": "paper"}
+    config = demo_config(work, {"output": str(output), **changes})
     host = load_host(config)
     if head == "taste":
         preference: PreferenceModel = fit_taste_head(work, taste, TRAINED_VOTES)

@@ -71,6 +71,7 @@ _ALL = (
             "rank": 8,
             "learning_rate": 3e-4,
             "threshold": 0.1,
+            "step_weight": "gradspo",  # as in "improved": what the paper's weights reach in 105 updates, in 75
             "prompts_per_batch": 10,
             "pairs_per_update": 20,
             "accumulation": 1,

@@ -144,7 +144,7 @@ def run_one(run: Run, work: Path) -> Path:
     folder = work / "runs" / run.name
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
     alone = {"sample_every": 0, "save_every": 0, "validate_every": 0, "steps": 1_000_000}  # this judge decides alone
-    changes = {"seed": run.seed, **alone}
+    changes = {"seed": run.seed, "step_weight": "paper", **alone}
     if run.rule != "colourfulness":
         changes["preference"] = str(work / f"{run.rule}.safetensors")
     config = demo_config(folder, {**changes, **run.changes})

@@ -38,7 +38,7 @@ COLUMNS = (
 def judge_stages(folder: Path, learning_rate: float, steps: int, every: int) -> list[dict[str, Any]]:
     """Train one run and judge its stages: rows of COLUMNS."""
     changes = {"learning_rate": learning_rate, "steps": steps, "save_every": every, "keep_last": 0, "sample_every": 0}
-    config = demo_config(folder, changes)
+    config = demo_config(folder, {"step_weight": "paper", **changes})
     host = load_host(config)
     train(host, config, read_prompts(config.prompt.prompts), load_preference(config, host.device, host.architecture))
     output = Path(config.run.output)
