@@ -250,7 +250,7 @@ def draw_grid(work: Path, host: HeadlessHost, tastes: Sequence[str], path: Path,
     made = grid(
         rows, labels, prompts[:columns], captions, title="steered after 60 votes of simulated voters, 10 % flipped"
     )
-    write_whole(path, lambda temporary: made.save(temporary, "PNG"))
+    write_whole(path, lambda temporary: made.reduce(2).save(temporary, "PNG"))
 
 
 def measure(work: Path, tastes: Sequence[str], report: Callable[[str], object] = print) -> list[Row]:

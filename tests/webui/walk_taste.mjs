@@ -114,6 +114,6 @@ await walk(async () => {
     await shot("taste_pasted");
     await pick("txt2img_sampling", /DPM\+\+ 2M\s*$/);
     await page.locator("#txt2img_generate").click();
-    await until("the refusal", async () => (await page.locator("#html_log_txt2img").innerText()).includes("has no independent noise"), 60);
+    await until("the refusal", async () => (await page.locator("#html_log_txt2img").first().innerText()).includes("has no independent noise"), 60);
     await shot("taste_refused");
 });
