@@ -55,7 +55,7 @@ class Steering:
         if not bool(torch.isfinite(size).all()):
             raise SpoError(
                 f'The taste head "{self.head.name}" has no finite gradient at sigma {float(sigma[0]):.3g}: the latents '
-                "are not finite; use another VAE or precision, or a lower strength."
+                "are not finite, or smaller than it can read; use another VAE or precision, larger pictures, or less strength."
             )
         noise_share = (precise(sigma) / (1 + precise(sigma) ** 2).sqrt()).to(size)
         length = self.strength * FULL * noise_share / size.clamp(min=torch.finfo(size.dtype).tiny)
@@ -101,8 +101,8 @@ def steering(model: PreferenceModel, strength: float) -> Steering:
     out of range."""
     if not isinstance(model, TasteHead):
         raise SpoError(
-            f'"{model.name}" cannot steer: it looks at predictions or pictures, whose gradient would go through the '
-            "network or the VAE; steer with a taste head, or choose among candidates with this model."
+            f'"{model.name}" cannot steer: the gradient of its score would go through the network or the VAE; '
+            "steer with a taste head, or choose among candidates with this model."
         )
     if not -MAX_STRENGTH <= strength <= MAX_STRENGTH:  # NaN, too
         raise SpoError(f"strength is {strength}; accepted are {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}.")

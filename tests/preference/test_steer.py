@@ -107,7 +107,7 @@ def test_a_denoiser_is_bent_by_the_shift():
 
 
 def test_what_cannot_steer_is_refused():
-    with pytest.raises(SpoError, match="cannot steer: it looks at predictions or pictures"):
+    with pytest.raises(SpoError, match="cannot steer: the gradient of its score would go through"):
         steering(MeanOfChannel(), 1.0)
     for strength in (MAX_STRENGTH + 0.1, float("nan")):
         with pytest.raises(SpoError, match="strength is .*; accepted are -2 to 2"):
