@@ -55,7 +55,7 @@ class Steering:
         if not bool(torch.isfinite(size).all()):
             raise SpoError(
                 f'The taste head "{self.head.name}" has no finite gradient at sigma {float(sigma[0]):.3g}: the latents '
-                "are not finite, or smaller than it can read; use another VAE or precision, larger pictures, or less strength."
+                "are not finite, or too small for it; use another VAE or precision, larger pictures, or less strength."
             )
         noise_share = (precise(sigma) / (1 + precise(sigma) ** 2).sqrt()).to(size)
         length = self.strength * FULL * noise_share / size.clamp(min=torch.finfo(size.dtype).tiny)
