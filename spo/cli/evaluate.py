@@ -9,11 +9,13 @@ from typing import Any
 
 from spo.checkpoint.inspect import inspect_checkpoint
 from spo.cli.settings_flags import add_settings, given_values, require
+from spo.cli.several import add_gpus, launch, launches, on_own_device, processes_of_launch
 from spo.config import build_config
 from spo.errors import SpoError
 from spo.evaluation.summary import rows_of
 from spo.headless.evaluate import EvaluateRequest, evaluate, lora_files_of
 from spo.prompts import read_prompts
+from spo.training.processes import Processes
 
 
 def add_evaluate(command: Callable[[str, Callable[[argparse.Namespace], int], str], Any]) -> None:
@@ -36,10 +38,18 @@ def add_evaluate(command: Callable[[str, Callable[[argparse.Namespace], int], st
                         help="without --seeds: so many seeds for each prompt, its own ones (default: 4)")  # fmt: skip
     parser.add_argument("--limit", type=int, default=64, help="at most this many prompts (default: 64)")
     parser.add_argument("--picture-px", type=int, default=512, help="longer side on the page (default: 512)")
+    add_gpus(parser)
     add_settings(parser, "model", "prompt", "rollout", "preference.preference_precision", "run.output", "run.replace")
 
 
 def _run(options: argparse.Namespace) -> int:
+    if launches(options):
+        return launch(options.gpus, options.arguments)
+    with processes_of_launch(getattr(options, "device", "auto")) as processes:
+        return _evaluate(options, processes)
+
+
+def _evaluate(options: argparse.Namespace, processes: Processes) -> int:
     for name in ("limit", "seeds_each", "picture_px"):
         if getattr(options, name) < 1:
             raise SpoError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give 1 or more.")
@@ -59,6 +69,6 @@ def _run(options: argparse.Namespace) -> int:
         scaled=options.scaled,
         largest_px=options.picture_px,
     )
-    print(evaluate(config, request))
+    print(evaluate(on_own_device(config, processes), request, processes))
     print(f"\npage  {config.run.output}")
     return 0

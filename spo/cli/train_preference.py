@@ -10,6 +10,7 @@ from typing import Any
 
 from spo.checkpoint.inspect import inspect_checkpoint
 from spo.cli.progress_bar import progress_bar
+from spo.cli.several import GPUS_HELP, launch, launches, loaded, on_own_device, processes_of_launch, weights_of
 from spo.cli.train_taste import train_taste
 from spo.config import NATIVE_SIZE_PX, build_config, settings
 from spo.errors import SpoError
@@ -20,6 +21,7 @@ from spo.preference.clip.pair_data import open_pairs
 from spo.preference.load import load
 from spo.preference.taste.fit import FitSettings
 from spo.training.clip import PRESETS, ClipTraining, check_output, memory_bytes, starting_model, train_clip
+from spo.training.processes import Processes
 
 _CLIP_SETTINGS = {
     "steps": "optimizer updates (default: 8000 for SD1.5, 7000 for SDXL)",
@@ -63,6 +65,7 @@ def add_train_preference(command: Callable[[str, Callable[[argparse.Namespace], 
     clip.add("data", help="a folder of pairs, or Pick-a-Pic's parquet files")
     clip.add("start", type=Path, help="PickScore to start from, or a step-aware CLIP to go on with")
     clip.add("labels_from", metavar="FILE", help="take labels from this model, e.g. PickScore")
+    clip.add("gpus", type=int, metavar="N", help=GPUS_HELP)
     clip.add("resume", action="store_true", help="go on with the run of --output")
     clip.add("frozen_text", action="store_true", help="do not train the text tower")
     clip.add("optimizer", choices=("adamw", "adamw8bit"), help="adamw8bit needs bitsandbytes (default: adamw)")
@@ -99,10 +102,15 @@ def _run(options: argparse.Namespace) -> int:
             raise SpoError(
                 f"{foreign[0]} belongs to --kind {kind}, and --kind is {options.kind}; leave it out or change --kind."
             )
-    return train_taste(options) if options.kind == "taste" else _train_clip(options)
+    if options.kind == "taste":
+        return train_taste(options)
+    if launches(options):
+        return launch(options.gpus, options.arguments)
+    with processes_of_launch(getattr(options, "device", "auto")) as processes:
+        return _train_clip(options, processes)
 
 
-def _train_clip(options: argparse.Namespace) -> int:
+def _train_clip(options: argparse.Namespace, processes: Processes) -> int:
     given = vars(options)
     for name in ("data", "start"):
         if name not in given:
@@ -128,11 +136,15 @@ def _train_clip(options: argparse.Namespace) -> int:
     model = starting_model(given["start"].expanduser(), training.seed)
     needed = size_text(memory_bytes(model, training))
     print(f"memory  {needed} for weights, gradients and AdamW, beside a pass and the diffusion model")
-    host = load_host(config)
+    host = loaded(lambda: load_host(on_own_device(config, processes)), weights_of(config), processes)
     labels_from = given.get("labels_from")
     labeller = load(labels_from, device=host.device, architecture=architecture) if labels_from else None
-    with progress_bar() as watcher:
-        report = train_clip(model, host, source, training, watcher, labeller=labeller, resume=resume)
+    with progress_bar(processes.index) as watcher:
+        report = train_clip(
+            model, host, source, training, watcher, labeller=labeller, resume=resume, processes=processes
+        )
+    if processes.index > 0:
+        return 0 if report.finished else 130
     if report.accuracy:
         measured, curves = report.files.accuracy, report.files.accuracy_curves
         accuracy_curves(measured, curves)

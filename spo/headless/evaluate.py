@@ -24,6 +24,7 @@ from spo.runs.layout import FOLDER_SUFFIX, RunFiles
 from spo.training.best_weight import best_column, choosing_judge, scalable, write_scaled
 from spo.training.host import Host
 from spo.training.memory import Portion, in_portions, loaded_scorer
+from spo.training.processes import ALONE, Processes, share_of
 
 FOLDER_FILES = ("index.html", "statistics.csv", "pictures.csv")
 
@@ -61,9 +62,12 @@ def lora_files_of(folder: Path) -> list[Path]:
     return found
 
 
-def evaluate(config: Config, request: EvaluateRequest) -> str:
+def evaluate(config: Config, request: EvaluateRequest, processes: Processes = ALONE) -> str:
     """Write the page and two tables to `config.run.output`, a NAME.html (tables beside it) or a folder; the table and
-    which LoRA at which weight is the best as text. Raises SpoError for what cannot work, before anything is sampled."""
+    which LoRA at which weight is the best as text. Raises SpoError for what cannot work, before anything is sampled.
+
+    processes  among which the pictures are dealt out; the main one writes
+    """
     output = Path(config.run.output)
     _check_output(output, config.run.replace)
     if not request.prompts or not request.loras:
@@ -77,41 +81,46 @@ def evaluate(config: Config, request: EvaluateRequest) -> str:
         raise SpoError("No judge is given that training did not follow, by which to scale; name one with --judge.")
     features = choose_features(request.distance, judges, host.device)
     host.prepare(list(dict.fromkeys(request.prompts)))
-    columns = {"base": _column(host, config, request, judges, features, is_base=True)}
+    columns = {"base": _column(host, config, request, judges, features, processes, is_base=True)}
     made: dict[str, tuple[Path, float]] = {}  # label -> LoRA and weight
     for path in request.loras:
         adapter = adapter_from_file(host, path)
         for weight in request.weights:
             adapter.set_multiplier(weight)
             label = _label(path, weight, request)
-            columns[label], made[label] = _column(host, config, request, judges, features), (path, weight)
+            columns[label] = _column(host, config, request, judges, features, processes)
+            made[label] = (path, weight)
         adapter.remove()
-    choice = None
-    if chooser is not None:
-        measured = {label: column.measured for label, column in columns.items()}
-        choice = best_column(measured, request.prompts, chooser, judges, features)
-    others = ", ".join(made)
-    evaluation = summarize(
-        f"{host.checkpoint_name} against {others}",
-        _facts(config, host) | ({"Choice": choice.text()} if choice else {}),
-        columns,
-        request.prompts,
-        request.seeds,
-        judges,
-        features,
-        trainings,
-    )
-    _write(evaluation, output, config.run.replace)
-    texts = [table(statistics_rows(evaluation), ["", *evaluation.columns])]
-    if choice is not None:
-        texts.append(choice.text())
-        if request.scaled and (choice.gain is None or choice.gain.mean <= 0):
-            texts.append(f"{request.scaled.name} is not written: nothing is better than the base.")
-        elif request.scaled:
-            path, weight = made[choice.label]
-            write_scaled(scalables[path], weight, request.scaled)
-            texts.append(f"{request.scaled.name} does at weight 1 what {path.stem} does at {weight:g}.")
-    return "\n\n".join(texts)
+
+    def write() -> str:
+        choice = None
+        if chooser is not None:
+            measured = {label: column.measured for label, column in columns.items()}
+            choice = best_column(measured, request.prompts, chooser, judges, features)
+        others = ", ".join(made)
+        evaluation = summarize(
+            f"{host.checkpoint_name} against {others}",
+            _facts(config, host) | ({"Choice": choice.text()} if choice else {}),
+            columns,
+            request.prompts,
+            request.seeds,
+            judges,
+            features,
+            trainings,
+        )
+        _write(evaluation, output, config.run.replace)
+        texts = [table(statistics_rows(evaluation), ["", *evaluation.columns])]
+        if choice is not None:
+            texts.append(choice.text())
+            if request.scaled and (choice.gain is None or choice.gain.mean <= 0):
+                texts.append(f"{request.scaled.name} is not written: nothing is better than the base.")
+            elif request.scaled:
+                path, weight = made[choice.label]
+                write_scaled(scalables[path], weight, request.scaled)
+                texts.append(f"{request.scaled.name} does at weight 1 what {path.stem} does at {weight:g}.")
+        return "\n\n".join(texts)
+
+    return processes.on_main(write)
 
 
 def _check_output(output: Path, replace: bool) -> None:
@@ -150,6 +159,7 @@ def _column(
     request: EvaluateRequest,
     judges: Sequence[Judge],
     features: Features,
+    processes: Processes = ALONE,
     *,
     is_base: bool = False,
 ) -> Column:
@@ -158,7 +168,7 @@ def _column(
     following = dict(zip(different, [*different[1:], *different[:1]], strict=True))
 
     def some(rows: range) -> tuple[Measured, list[bytes]]:
-        part = slice(rows.start, rows.stop)
+        part = slice(mine.start + rows.start, mine.start + rows.stop)
         prompts = request.prompts[part]
         latents = plain_rollout(host, prompts, request.seeds[part], config.rollout.eta).x
         pixels = host.decode(latents).clamp(-1, 1)
@@ -166,8 +176,12 @@ def _column(
         others = [following[prompt] for prompt in prompts] if is_base else []
         return measure(pixels, latents, prompts, judges, features, others), encoded
 
-    portion = Portion("pictures at a time", request.batch)
-    parts = in_portions(some, len(request.prompts), portion, warnings.warn, LESS_MEMORY)
+    def all_mine() -> list[tuple[Measured, list[bytes]]]:
+        portion = Portion("pictures at a time", request.batch)
+        return in_portions(some, len(mine), portion, warnings.warn, LESS_MEMORY)
+
+    mine = share_of(processes, range(len(request.prompts)))
+    parts = [part for share in processes.gather(all_mine) for part in share]
     return Column(together([part for part, _ in parts]), [picture for _, some in parts for picture in some])
 
 

@@ -184,9 +184,15 @@ class _Pickler(pickle.Pickler):
 
     def reducer_override(self, item: object) -> Any:
         if isinstance(item, Tensor):
-            whole = item.detach().cpu().clone(memory_format=torch.contiguous_format)
-            return whole.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+            flat = item.detach().cpu().contiguous().flatten()
+            return _tensor, (flat.view(torch.uint8).numpy().tobytes(), item.dtype, tuple(item.shape))
         return NotImplemented
+
+
+def _tensor(content: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if not content:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(content), dtype=dtype).reshape(shape)
 
 
 def _kind_of(error: BaseException) -> tuple[str, str]:

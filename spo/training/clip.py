@@ -43,6 +43,7 @@ from spo.runs.state import Stateful, load_state, save_state
 from spo.training.host import Host
 from spo.training.memory import halve_decode_batch, retry_with_less
 from spo.training.optimizer import make_optimizer
+from spo.training.processes import ALONE, Processes, any_of, share_of
 from spo.training.schedule import Position, learning_rate, seconds_left
 
 KIND = "step-aware CLIP"  # of run, in its state file
@@ -204,26 +205,34 @@ def accuracy_by_timestep(
     pairs: Sequence[PicturePair],
     settings: ClipTraining,
     timesteps: Sequence[int] = MEASURED_TIMESTEPS,
+    processes: Processes = ALONE,
 ) -> tuple[Accuracy, ...]:
     """How often the model agrees with the labels, at each timestep; at 0 on the pictures as they are, as published.
 
-    The noise is the same at every measurement. Ties do not count.
+    The noise is the same at every measurement. Ties do not count. processes: among which the pairs are dealt out
     """
     decided = [pair for pair in pairs if pair.label_0 != 0.5]
-    right = dict.fromkeys(timesteps, 0)
-    for start in range(0, len(decided), settings.pairs_per_call):
-        some = decided[start : start + settings.pairs_per_call]
-        pictures, captions = _tensors(some, settings).to(host.device), [pair.caption for pair in some]
-        wins = torch.tensor([pair.label_0 > 0.5 for pair in some])
-        for timestep in timesteps:  # within a portion, whose captions are encoded once
-            times = torch.full((len(some),), timestep)
-            judged = pictures
-            if timestep > 0:
-                position = (settings.seed, "measured", timestep, start)
-                judged = predicted_pictures(host, pictures, captions, times, position)
-            scores = pair_scores(model, judged, captions, times).cpu()
-            right[timestep] += int(((scores[:, 0] > scores[:, 1]) == wins).sum())
-    return tuple(Accuracy(timestep, right[timestep] / len(decided), len(decided)) for timestep in timesteps if decided)
+
+    def counted() -> dict[int, int]:
+        """Timestep -> of this process's pairs, how many it is right about."""
+        right = dict.fromkeys(timesteps, 0)
+        for start in share_of(processes, range(0, len(decided), settings.pairs_per_call)):
+            some = decided[start : start + settings.pairs_per_call]
+            pictures, captions = _tensors(some, settings).to(host.device), [pair.caption for pair in some]
+            wins = torch.tensor([pair.label_0 > 0.5 for pair in some])
+            for timestep in timesteps:  # within a portion, whose captions are encoded once
+                times = torch.full((len(some),), timestep)
+                judged = pictures
+                if timestep > 0:
+                    position = (settings.seed, "measured", timestep, start)
+                    judged = predicted_pictures(host, pictures, captions, times, position)
+                scores = pair_scores(model, judged, captions, times).cpu()
+                right[timestep] += int(((scores[:, 0] > scores[:, 1]) == wins).sum())
+        return right
+
+    counts = processes.gather(counted)
+    shares = {timestep: sum(right[timestep] for right in counts) / max(1, len(decided)) for timestep in timesteps}
+    return tuple(Accuracy(timestep, share, len(decided)) for timestep, share in shares.items() if decided)
 
 
 @torch.no_grad()
@@ -329,21 +338,24 @@ def train_clip(
     *,
     labeller: PreferenceModel | None = None,
     resume: bool = False,
+    processes: Processes = ALONE,
 ) -> ClipTrainingReport:
     """Train `model` (see `starting_model`) and write it in the published layout.
 
     labeller  gives the labels instead of the data, as PickScore did for SDXL
     resume    go on with the run of settings.output, whose settings must be the same
+    processes  that train together, with a model and a host each: the passes of an update are dealt out (so more of them
+              than `accumulation` have nothing to do), their gradients summed, and the main one writes
 
     Ends early, with its state saved, when the watcher says so. Raises SpoError for an output that exists, for data
     without a usable pair, and for a loss that is not finite.
     """
     # ---- May it begin, or go on? Nothing is touched before.
     files = RunFiles.of(settings.output)
-    facts = _facts(settings, source, host)
+    facts, is_main = _facts(settings, source, host), processes.index == 0
     saved = load_state(files.state, KIND) if resume else None
     if saved is None:
-        check_output(settings)
+        processes.on_main(lambda: check_output(settings))
     else:
         for name, value in saved.facts.items():
             if facts.get(name) != value:
@@ -366,53 +378,67 @@ def train_clip(
     held_out = pairs.held_out()
     if saved is not None:
         saved.restore(survivors)
-    files.folder.mkdir(parents=True, exist_ok=True)
-    metrics = MetricsFile(files.metrics, watcher.log, keep_batches=position.step if resume else None)
-    measurements = MetricsFile(files.accuracy, watcher.log, keep_batches=position.step + 1 if resume else None)
+    tables: list[MetricsFile] = []  # of the main process: updates, measurements
+
+    def begin_folder() -> None:
+        files.folder.mkdir(parents=True, exist_ok=True)
+        for path, rows in ((files.metrics, position.step), (files.accuracy, position.step + 1)):
+            tables.append(MetricsFile(path, watcher.log, keep_batches=rows if resume else None))
+
+    processes.on_main(begin_folder)
     began = time.monotonic() - position.seconds
 
     def save() -> None:
-        write_patiently(lambda: save_state(files.state, KIND, facts, survivors), files.state, watcher.log)
+        if is_main:
+            write_patiently(lambda: save_state(files.state, KIND, facts, survivors), files.state, watcher.log)
 
     def measure() -> None:
         model.requires_grad_(False)
-        measurement.accuracy = accuracy = accuracy_by_timestep(model, host, held_out, settings)
+        measurement.accuracy = accuracy = accuracy_by_timestep(model, host, held_out, settings, processes=processes)
         _unfreeze(model, settings)
-        if accuracy:
+        if accuracy and is_main:
             shares = ", ".join(f"t {entry.timestep}: {entry.share:.1%}" for entry in accuracy)
             watcher.log(f"update {position.step}, accuracy on {accuracy[0].pairs} held-out pairs: {shares}")
             columns = {str(entry.timestep): entry.share for entry in accuracy}
-            measurements.add({"batch": position.step, "pairs": accuracy[0].pairs, **columns})
+            tables[1].add({"batch": position.step, "pairs": accuracy[0].pairs, **columns})
 
     if saved is None:
         measure()
-    while position.step < settings.steps and not watcher.should_stop():
-        # ---- The gradient, one pass after the other.
+    while position.step < settings.steps and not any_of(processes, watcher.should_stop()):
+        # ---- The gradient, one pass after the other, each by one of the processes. The pairs go by in all of them.
         rate = rate_at(settings, position.step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        losses = []
-        for call in range(settings.accumulation):
-            some, place = pairs.take(settings.pairs_per_call), (settings.seed, "update", position.step, call)
-            captions, pictures = [pair.caption for pair in some], _tensors(some, settings).to(host.device)
-            timesteps = torch.randint(1000, (len(some),), generator=generator(*place, "t"))
-            labels = torch.tensor([pair.label_0 for pair in some])
-            if labeller is not None:
-                labels = labels_by(labeller, pictures, captions, settings.label_gap)
 
-            predicted = retry_with_less(
-                partial(predicted_pictures, host, pictures, captions, timesteps, place),
-                lambda: halve_decode_batch(host),
-                watcher.log,
-                "lower pairs_per_call in a new run, or close other programs",
-            )
-            scores = pair_scores(model, predicted, captions, timesteps)
-            counts = torch.tensor([pair.pairs_of_prompt for pair in some])
-            loss = pair_label_loss(scores[:, 0], scores[:, 1], labels.to(scores), counts.to(scores))
-            (loss / settings.accumulation).backward()
-            losses.append(float(loss.detach()))
+        def passes() -> list[float]:
+            losses = []
+            for call in range(settings.accumulation):
+                some, place = pairs.take(settings.pairs_per_call), (settings.seed, "update", position.step, call)
+                if call not in share_of(processes, range(settings.accumulation)):
+                    continue
+                captions, pictures = [pair.caption for pair in some], _tensors(some, settings).to(host.device)
+                timesteps = torch.randint(1000, (len(some),), generator=generator(*place, "t"))
+                labels = torch.tensor([pair.label_0 for pair in some])
+                if labeller is not None:
+                    labels = labels_by(labeller, pictures, captions, settings.label_gap)
+
+                predicted = retry_with_less(
+                    partial(predicted_pictures, host, pictures, captions, timesteps, place),
+                    lambda: halve_decode_batch(host),
+                    watcher.log,
+                    "lower pairs_per_call in a new run, or close other programs",
+                )
+                scores = pair_scores(model, predicted, captions, timesteps)
+                counts = torch.tensor([pair.pairs_of_prompt for pair in some])
+                loss = pair_label_loss(scores[:, 0], scores[:, 1], labels.to(scores), counts.to(scores))
+                (loss / settings.accumulation).backward()
+                losses.append(float(loss.detach()))
+            return losses
+
+        losses = [loss for some in processes.gather(passes) for loss in some]
 
         # ---- The update.
+        processes.sum_gradients(trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm or math.inf)
         if not math.isfinite(sum(losses)) or not bool(torch.isfinite(norm)):
             raise SpoError(f"the loss of update {position.step + 1} is not finite; lower learning_rate ({rate:g}).")
@@ -427,9 +453,9 @@ def train_clip(
         if last or (settings.measure_every and position.step % settings.measure_every == 0):
             measure()
         step = position.step
-        metrics.add(
-            {"batch": step - 1, "step": step, "loss": mean, "learning_rate": rate, "gradient_norm": float(norm)}
-        )
+        row = {"batch": step - 1, "step": step, "loss": mean, "learning_rate": rate, "gradient_norm": float(norm)}
+        if is_main:
+            tables[0].add(row)
         fraction = step / settings.steps
         left_s = seconds_left(position.seconds, fraction)
         watcher.progress(Progress("training", pairs.epoch, step, fraction, left_s, {"loss": mean}))
@@ -442,10 +468,10 @@ def train_clip(
         dtype = getattr(torch, settings.save_precision)
         metadata = {"architecture": host.architecture, "trained_with": host.checkpoint_name}
         metadata |= {f"accuracy_{entry.timestep}": f"{entry.share:.4f}" for entry in measurement.accuracy}
-        save_step_aware_clip(model, settings.output, metadata, dtype=dtype)
+        processes.on_main(lambda: save_step_aware_clip(model, settings.output, metadata, dtype=dtype))
     else:
         save()
-    if source.skipped:
+    if source.skipped and is_main:
         watcher.log(f"{source.skipped} pairs were skipped, for a picture or label that is broken or missing.")
     output = settings.output if finished else None
     return ClipTrainingReport(finished, position.step, output, measurement.accuracy, source.skipped, files)

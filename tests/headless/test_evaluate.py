@@ -11,6 +11,7 @@ from spo.evaluation.judges import Judge
 from spo.evaluation.summary import FIRST_SEED, rows_of
 from spo.headless.evaluate import EvaluateRequest, _column, lora_files_of
 from tests.headless.test_compare import PROMPTS, Tripping, TrippingTaste
+from tests.threads import together
 
 
 def test_rows_have_each_prompt_with_the_same_seeds_or_with_its_own():
@@ -45,3 +46,19 @@ def test_out_of_memory_halves_what_is_done_at_a_time_and_goes_on(place):
     assert len(made.pictures) == 3
     torch.testing.assert_close(made.measured.scores["taste"], expected.measured.scores["taste"])
     torch.testing.assert_close(made.measured.features, expected.measured.features, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_share_the_pictures_and_all_have_the_whole_column(count):
+    request = EvaluateRequest(PROMPTS, [1, 2, 3], loras=[], weights=[1.0], judges=[], batch=3)
+
+    def column(processes):
+        host = Tripping("nowhere")
+        judges = [Judge("taste", TrippingTaste(host))]
+        return _column(host, host.config, request, judges, pixel_features(), processes)
+
+    (alone,) = together(1, column)
+    for made in together(count, column):
+        assert len(made.pictures) == len(alone.pictures) == 3
+        torch.testing.assert_close(made.measured.scores["taste"], alone.measured.scores["taste"])
+        torch.testing.assert_close(made.measured.features, alone.measured.features, rtol=0, atol=1e-3)

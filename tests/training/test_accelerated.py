@@ -95,6 +95,7 @@ def close(name: str, ours: Path, theirs: Path) -> None:
             assert row[column] == other[column]
         if row["loss"]:
             assert float(row["loss"]) == pytest.approx(float(other["loss"]), abs=1e-6)
+            assert float(row["gradient_norm"]) == pytest.approx(float(other["gradient_norm"]), rel=1e-4)
     assert largest_difference(Path(mine.run.output), Path(yours.run.output)) < 1e-5
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from spo.training.clip import (
 from tests.conftest import relative_error
 from tests.preference.clip.test_pair_data import write_folder
 from tests.preference.clip.test_scores import save_folder, transformers_clip
+from tests.threads import together
 from tests.tiny_checkpoints import write_tiny_sd15
 
 
@@ -277,3 +279,28 @@ def metadata_of(path):
 
     with safe_open(path, "pt") as file:
         return file.metadata()
+
+
+def test_several_processes_train_the_model_that_one_does(place, tmp_path):
+    """Three passes an update, so that of two processes one has two; the files are the main one's."""
+    config = build_config({"checkpoint": str(place / "tiny.safetensors"), "device": "cpu", "width": 64, "height": 64})
+
+    def trained(processes):
+        settings = settings_for(tmp_path / f"by{processes.count}", steps=2, accumulation=3, save_every=0)
+        host, source = load_host(config), open_pairs(str(place / "pairs"))
+        with one_by_one:  # it seeds PyTorch's generator, which threads share
+            model = starting_model(place / "PickScore_v1")
+        return train_clip(model, host, source, settings, Watcher(), processes=processes)
+
+    one_by_one = threading.Lock()
+    (alone,) = together(1, trained)
+    for report in together(2, trained):
+        assert report.finished and report.steps == 2
+        assert [one.pairs for one in report.accuracy] == [one.pairs for one in alone.accuracy]
+    rows = [list(csv.DictReader(one.files.metrics.open())) for one in (alone, report)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == ["1", "2"]
+    first, other = (run[0] for run in rows)
+    for column in ("loss", "gradient_norm"):
+        assert float(first[column]) == pytest.approx(float(other[column]), rel=1e-5)
+    # Adam's first step is as large for a gradient of rounding alone as for any other
+    assert float(rows[0][1]["loss"]) == pytest.approx(float(rows[1][1]["loss"]), abs=1e-3)
