@@ -29,7 +29,8 @@ RUNS = {
     "carried": {"steps": 5, "inner_steps": 1, "accumulation": 2, "carry_pairs": True, "prompts_per_batch": 3},
     "averaged": {"steps": 3, "rollout_average": 0.9, "prompts_per_batch": 1},
     "uneven": {"steps": 4, "prompts_per_batch": 3, "threshold": 0.0},
-    "dpo": {"method": "dpo", "pairs_per_prompt": 2, "threshold": 0.0, "steps": 3},
+    # at a beta of 2000 one bit of a log ratio is 1e-4 of the loss
+    "dpo": {"method": "dpo", "pairs_per_prompt": 2, "threshold": 0.0, "steps": 3, "dpo_beta": 10.0},
     "checked": {"steps": 4, "validate_every": 2, "validate_pictures": 2},
 }
 
