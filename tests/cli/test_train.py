@@ -120,7 +120,7 @@ def test_a_lora_for_another_architecture_is_refused_as_start(tiny_files, trained
 
 
 def test_a_stop_before_the_first_update_is_called_a_stop(tiny_files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_command, "progress_bar", lambda: nullcontext(Watcher(should_stop=lambda: True)))
+    monkeypatch.setattr(train_command, "progress_bar", lambda index: nullcontext(Watcher(should_stop=lambda: True)))
     output = tmp_path / "a.safetensors"
     assert main(["train", *training_flags(tiny_files, output)]) == 130
     text = capsys.readouterr().out
@@ -142,7 +142,8 @@ def test_diffusion_dpo_on_a_folder_of_pairs(tiny_files, tmp_path, capsys):
     given = [part for flag in flags.items() for part in flag]
     assert main(["train", *given, "--dry-run"]) == 0
     assert "0 network evaluations and 0 pictures scored for at most 1 pairs" in capsys.readouterr().out
-    assert main(["train", *given, "--dry-run", "--card-gib", "8"]) == 2
+    assert main(["train", *given, "--dry-run", "--card-gib", "8"]) == 0
+    assert "8 GiB, 1 of it for the driver: fits" in capsys.readouterr().out
     assert main(["train", *given]) == 0
     config = json.loads(read_lora(tmp_path / "a.safetensors").metadata["spo_config"])
     assert (config["method"], config["pairs"], config["train_guidance"]) == ("dpo", str(folder), False)
