@@ -121,6 +121,7 @@ class AcceleratedProcesses:
         """The last meeting: the main process has written what it writes, and all may end."""
         with suppress(ProcessLostError):
             self._meet(None)
+            torch.distributed.destroy_process_group()  # its threads, where Python ends before them, can abort a process
 
     def is_first_to_say(self, text: str) -> bool:
         """Whether no other process has said this text before; the launcher keeps the list, also when a process dies."""

@@ -85,7 +85,7 @@ def test_it_needs_the_standard_library_and_packaging_only():
 def test_the_webui_brings_everything_else_that_is_imported():
     # in the list of packages of a clean WebUI 1.10.1
     brought = {"torch", "numpy", "PIL", "safetensors", "transformers", "matplotlib", "tqdm", "yaml", "open_clip"}
-    brought |= {"packaging", "pydantic", "huggingface_hub"}
+    brought |= {"packaging", "pydantic", "huggingface_hub", "accelerate", "psutil"}
     optional = {"bitsandbytes", "lpips", "pyarrow"}
     known = {*sys.stdlib_module_names, "spo", *brought, *optional, *WEBUI_ONLY, "peft", "diffusers"}
     for name in (name for name in MODULES if name.split(".")[0] == "spo"):
