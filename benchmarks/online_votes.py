@@ -100,10 +100,7 @@ def first_pools(work: Path, host: HeadlessHost, config: Config, seed: int) -> li
             host.prepare(list(dict.fromkeys(chosen)))
             seeds = [stable_seed("base seed", seed, first + n) % 2**32 for n in range(BATCH)]
             made = make_pools(host, chosen, seeds, 2, round(0.2 * config.rollout.sampling_steps), config.rollout.eta)
-            for n, pool in enumerate(made):
-                order = permutation(2, "side", seed, first + n)
-                picked = tuple(pool.pictures[side] for side in order)
-                pools.append(VotePool(**{**pool.__dict__, "latents": pool.latents[order], "pictures": picked}))
+            pools += [pool.shuffled(permutation(2, "side", seed, first + n)) for n, pool in enumerate(made)]
         torch.save(pools, path)
     return torch.load(path, weights_only=False)
 

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def sample(
     x = draws.initial((4, 8, 8)) * (1 + host.sigmas[0] ** 2).sqrt()
     if way.how == "choose" and head is not None:
         return sample_best(
-            host.denoiser, x, host.sigmas, arguments,
+            partial(host.denoiser, **arguments), x, host.sigmas,
             preference=head, prompts=prompts, candidates=int(way.amount), **settings,
         )  # fmt: skip
     plain = RolloutSettings(candidates=1, eta=1.0)

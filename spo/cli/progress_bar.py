@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import time
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from spo.cli.several import is_started
 from spo.progress import Progress, Watcher
 
 ONE_CTRL_C_S = 3.0  # of several processes each gets it from the terminal, and from the launcher
@@ -24,7 +24,7 @@ def progress_bar(index: int = 0) -> Iterator[Watcher]:
     index  of this process among several: the others than 0 draw nothing, and say who says what they log
     """
     asked: float | None = None
-    one_s = ONE_CTRL_C_S if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0
+    one_s = ONE_CTRL_C_S if is_started() else 0.0
     bar = tqdm(total=1.0, bar_format="{percentage:3.0f}% |{bar:24}| {desc}", file=sys.stderr, disable=index > 0)
 
     def ask(number: int, frame: object) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from spo.errors import SpoError
 from spo.lora.read import read_lora
 from spo.preference.load import fingerprint
-from spo.preference.mix import is_mix, read_mix
+from spo.preference.mix import models_of
 from spo.prompts import read_prompts
 from spo.runs.layout import RunFiles, split_stage
 
@@ -87,12 +87,8 @@ class _Identity:
 
 def _identities(name: str) -> list[_Identity]:
     """Of a model, or of all models of a mix."""
-    try:
-        parts = [part.file for part in read_mix(name)] if is_mix(name) else [name]
-    except SpoError:  # a mix whose file is gone
-        parts = [name]
     known = []
-    for part in parts:
+    for part in models_of(name):
         content = ""
         with suppress(SpoError):
             content = fingerprint(part)

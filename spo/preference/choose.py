@@ -6,7 +6,7 @@ keeps the pairs diverse (paper, ablation); here it is the candidate with the hig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +43,6 @@ def sample_best(
     model: Callable[..., Tensor],
     x: Tensor,
     sigmas: Tensor,
-    extra_args: Mapping[str, Any] | None = None,
-    callback: Callable[[dict[str, Any]], None] | None = None,
-    disable: bool | None = None,
     *,
     preference: PreferenceModel,
     prompts: Sequence[str],
@@ -54,11 +51,13 @@ def sample_best(
     alphas_cumprod: Tensor,
     eta: float = 1.0,
     decode: Callable[[Tensor], Tensor] | None = None,
+    callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> Tensor:
     """[B, C, H, W] final latents: ancestral sampling in which each step is the best of `candidates` draws.
 
-    The sampler's arguments are those of `sample_spo`; prompts [B]. A model of noisy latents needs one network
-    evaluation a step, as plain sampling does; another one as many as there are candidates, one candidate at a time.
+    model is `model(x [B, C, H, W], sigma [B]) -> denoised`; the other arguments are as in `sample_spo`; prompts [B]. A
+    preference model of noisy latents needs one network evaluation a step, as plain sampling does; another one as many
+    as there are candidates, one candidate at a time.
     Raises SpoError for fewer than 2 or more than `MAX_CANDIDATES`, and for eta 0, with which all would be the same.
     """
     if not 2 <= candidates <= MAX_CANDIDATES:
@@ -71,6 +70,6 @@ def sample_best(
     )
     scoring = Scoring(best, list(prompts), decode)
     return sample_spo(
-        model, x, sigmas, extra_args, callback, disable,
+        model, x, sigmas, callback=callback,
         settings=settings, draws=best, alphas_cumprod=alphas_cumprod, scoring=scoring,
     ).x  # fmt: skip

@@ -18,6 +18,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,6 +94,14 @@ def read_mix(text: str) -> tuple[MixPart, ...]:
             raise SpoError(f'"{term}" is no part of a mix; accepted is "0.7*a.safetensors + 0.3*b.safetensors".')
         parts.append(_checked({"file": match[2], "weight": float(match[1])}, f'the mix "{text}"', Path()))
     return tuple(parts)
+
+
+def models_of(name: str) -> list[str]:
+    """The preference models that a name stands for: of a mix its models, by their names or files, in its order; else
+    the name itself, and so of a mix that cannot be read."""
+    with suppress(SpoError):
+        return [part.file for part in read_mix(name)] if is_mix(name) else [name]
+    return [name]
 
 
 def write_mix(path: Path, parts: Sequence[MixPart]) -> None:

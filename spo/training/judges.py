@@ -6,7 +6,6 @@ A judge must be a model that training does not follow: what is followed is what 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from spo.preference.load import (
     fingerprint,
     list_preference_models,
 )
-from spo.preference.mix import is_mix, read_mix
+from spo.preference.mix import is_mix, models_of, read_mix
 from spo.preference.pickles import TWIN_SUFFIX
 from spo.preference.subject_score import subjects_in
 from spo.training.host import Host
@@ -49,7 +48,7 @@ def with_judges(config: Config, architecture: str, prompts: Sequence[str]) -> Co
     if not wanted.validate_every:
         names = dict.fromkeys(names, NONE)
     preference = config.preference.preference
-    followed = _models_of(preference)
+    followed = models_of(preference)
     if followed[0] == BUNDLED and Path(config.model.checkpoint).stem in DEMO_CHECKPOINTS:
         others_of_demo = {role: NONE if name in followed else name for role, name in DEMO.items()}
         names = {role: others_of_demo[role] if name == AUTO else name for role, name in names.items()}
@@ -105,7 +104,7 @@ def _others(preference: str, architecture: str) -> list[PreferenceInfo]:
         for info in list_preference_models(folder).models
         if info.kind in (*_TASTE_OF_MANY, *_KNOWS_PROMPTS) and info.architecture in ("any", architecture)
     ]
-    followed = [describe_preference(model) for model in _models_of(preference)]
+    followed = [describe_preference(model) for model in models_of(preference)]
     return [info for info in fitting if not any(_are_one(info, other) for other in followed)]
 
 
@@ -121,14 +120,7 @@ def _parts(name: str) -> list[str]:
     """Hashes of the models that a name means; the demo's judges by their names."""
     if name in DEMO.values():
         return [name]
-    return [fingerprint(model) for model in _models_of(name)]
-
-
-def _models_of(preference: str) -> list[str]:
-    """Of a mix its models, by their names or files; else the model itself, and so of a mix that cannot be read."""
-    with suppress(SpoError):
-        return [part.file for part in read_mix(preference)] if is_mix(preference) else [preference]
-    return [preference]
+    return [fingerprint(model) for model in models_of(name)]
 
 
 def _kind(preference: str) -> str:

@@ -23,7 +23,7 @@ from spo.config import Config
 from spo.errors import SpoError
 from spo.preference.taste.fit import FittedTaste, VoteSet, fit_taste, read_vote_set
 from spo.preference.taste.head import TasteHead
-from spo.preference.taste.votes import VoteFolder, VotePool
+from spo.preference.taste.votes import VoteFolder
 from spo.preference.taste.waiting import WaitingPools
 from spo.rng import permutation, stable_seed
 from spo.training.host import Host
@@ -103,7 +103,7 @@ class LiveTaste:
         from_step = round(_FROM_STEP * config.rollout.sampling_steps)
         pools = make_pools(host, chosen, seeds, self.size, from_step, config.rollout.eta)
         for place, pool in zip(places, pools, strict=True):
-            self.waiting.add(replace(_shuffled(pool, permutation(len(pool), place)), checkpoint_name=policy))
+            self.waiting.add(replace(pool.shuffled(permutation(len(pool), place)), checkpoint_name=policy))
 
     def state_dict(self) -> dict[str, Any]:
         """See `Stateful`."""
@@ -138,9 +138,3 @@ def live_taste(
             "checkpoint first, fit a head to them, and choose it as the preference model."
         )
     return LiveTaste(preference, VoteFolder(config.preference.live_votes), fit=fit, say=say)
-
-
-def _shuffled(pool: VotePool, order: Sequence[int]) -> VotePool:
-    """The first picture is the seed's ordinary one: it shall not always be on the left."""
-    pictures, seeds = (tuple(values[n] for n in order) for values in (pool.pictures, pool.seeds))
-    return replace(pool, latents=pool.latents[list(order)], pictures=pictures, seeds=seeds)

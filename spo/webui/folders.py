@@ -10,7 +10,14 @@ from pathlib import Path, PurePosixPath
 
 from spo.demo.install import FILE_NAME as DEMO_CHECKPOINT
 from spo.errors import SpoError, nearest
-from spo.preference.load import BUNDLED, BUNDLED_FILES, MIX, describe_preference, list_preference_models
+from spo.preference.load import (
+    BUNDLED,
+    BUNDLED_FILES,
+    MIX,
+    PreferenceInfo,
+    describe_preference,
+    list_preference_models,
+)
 from spo.runs.layout import FOLDER_SUFFIX, RunFiles, split_stage
 from spo.training.judges import AUTO, NONE
 from spo.webui import a1111
@@ -135,10 +142,13 @@ def lora_names() -> list[str]:
 
 def preference_choices() -> list[str]:
     """Names of preference models: "demo", then what models/SPO holds."""
+    return [BUNDLED, *(info.path.name for info in preference_models())]
 
+
+def preference_models() -> Sequence[PreferenceInfo]:
+    """The preference models that models/SPO holds."""
     folder = preference_folder()
-    models = list_preference_models(folder).models if folder.exists() else ()
-    return [BUNDLED, *(info.path.name for info in models)]
+    return list_preference_models(folder).models if folder.exists() else ()
 
 
 def picture_judge_choices() -> list[str]:
@@ -160,10 +170,10 @@ def usual_preference(architecture: str, file_name: str) -> str:
     """
     if file_name == DEMO_CHECKPOINT:
         return BUNDLED
-    folder = preference_folder()
-    models = list_preference_models(folder).models if folder.exists() else ()
     order = ("step-aware CLIP", "taste head", MIX, "CLIP score", "aesthetic score")
-    fitting = [info for info in models if info.kind in order and info.architecture in ("any", architecture)]
+    fitting = [
+        info for info in preference_models() if info.kind in order and info.architecture in ("any", architecture)
+    ]
     fitting.sort(key=lambda info: (order.index(info.kind), info.architecture == "any", -info.path.stat().st_mtime))
     return fitting[0].path.name if fitting else ""
 

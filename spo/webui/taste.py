@@ -126,7 +126,7 @@ def change_of(sampler_pass: SamplerPass, values: Sequence[Any]) -> LoopChange | 
 def _chosen(model: PreferenceModel, prompts: Sequence[str], candidates: int, eta: float, loop: OwnLoop) -> Tensor:
     decode = partial(a1111.decode, a1111.loaded_checkpoint()) if model.needs_pixels else None
     return sample_best(
-        loop.model, loop.x, loop.sigmas, None, loop.callback,
+        loop.model, loop.x, loop.sigmas, callback=loop.callback,
         preference=model, prompts=prompts, candidates=candidates, draws=loop.draws,
         alphas_cumprod=loop.alphas_cumprod, eta=eta, decode=decode,
     )  # fmt: skip
@@ -220,12 +220,8 @@ def build(is_img2img: bool) -> tuple[list[Any], list[tuple[Any, Any]]]:
 
 
 def choices_of_models() -> list[str]:
-    """Models to follow: taste heads first, the newest first of them, then the others."""
-
-    def order(name: str) -> tuple[int, float]:
-        path = folders.preference_path(name)
-        if name == BUNDLED:
-            return 2, 0.0
-        return int(describe_preference(path).kind != "taste head"), -Path(path).stat().st_mtime
-
-    return sorted(folders.preference_choices(), key=order)
+    """Models to follow: taste heads first, then others, of both the newest first; the demo's last."""
+    models = sorted(
+        folders.preference_models(), key=lambda info: (info.kind != "taste head", -info.path.stat().st_mtime)
+    )
+    return [*(info.path.name for info in models), BUNDLED]

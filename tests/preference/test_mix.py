@@ -12,7 +12,16 @@ from spo.algorithm.pairs import select_pairs
 from spo.algorithm.preference import Candidates
 from spo.errors import SpoError
 from spo.preference.load import load
-from spo.preference.mix import MixedScore, MixPart, PoolScoresOfModel, is_mix, measured, read_mix, write_mix
+from spo.preference.mix import (
+    MixedScore,
+    MixPart,
+    PoolScoresOfModel,
+    is_mix,
+    measured,
+    models_of,
+    read_mix,
+    write_mix,
+)
 
 
 class Fixed:
@@ -122,3 +131,10 @@ def test_the_demos_taste_is_mixed_with_its_adherence():
     taste, adherence = (load(name).score(pool, prompts) for name in ("demo", "demo-adherence"))
     torch.testing.assert_close(mix.score(pool, prompts), 0.8 * taste + 0.2 * adherence)
     assert mix.needs_pixels and mix.needs_denoised
+
+
+def test_models_of_a_name(tmp_path):
+    assert models_of("demo") == ["demo"]
+    assert models_of("0.5*a.safetensors + 2*demo") == ["a.safetensors", "demo"]
+    gone = str(tmp_path / "gone.json")
+    assert models_of(gone) == [gone]

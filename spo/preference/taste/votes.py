@@ -107,6 +107,11 @@ class VotePool:
     def __len__(self) -> int:
         return len(self.seeds)
 
+    def shuffled(self, order: Sequence[int]) -> VotePool:
+        """The pictures in another order: the first is the seed's ordinary one, and shall not always be on the left."""
+        pictures, seeds = (tuple(values[n] for n in order) for values in (self.pictures, self.seeds))
+        return replace(self, latents=self.latents[list(order)], pictures=pictures, seeds=seeds)
+
 
 def comparisons(count: int, best: int, worst: int) -> dict[tuple[int, int], str]:
     """What naming the best and the worst of a pool says: (i, j) with i < j -> "left" or "right".

@@ -28,7 +28,6 @@ class SamplerPass:
     checkpoint_name   of its file, without ending; checkpoint_hash: may be ""
     sampler           the sampler's name on the page; ancestral: whether it is k-diffusion's Euler ancestral
     prompts, seeds    of the batch, styles put on
-    hires             whether it is the second pass of hires fix
     eta               noise of its steps, as the settings have it
     settings          what X/Y/Z axes of ours chose
     """
@@ -40,7 +39,6 @@ class SamplerPass:
     ancestral: bool
     prompts: Sequence[str]
     seeds: Sequence[int]
-    hires: bool
     eta: float
     settings: Mapping[str, Any]
 
@@ -216,7 +214,6 @@ def _pass_of(p: Any) -> SamplerPass:
         ancestral=sampler.funcname == "sample_euler_ancestral",
         prompts=list(prompts),
         seeds=[int(seed) for seed in p.seeds],
-        hires=_is_hires(p),
         eta=float(_eta(p, sampler)),
         settings=getattr(p, "spo_taste", {}),
     )

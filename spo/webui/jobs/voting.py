@@ -246,17 +246,7 @@ class Session:
                 host.prepare(prompts)
                 eta = self.config.rollout.eta
                 pools = make_pools(host, prompts, seeds, self.request.size, self.request.from_step, eta)
-        return [self._shuffled(pool, first + n) for n, pool in enumerate(pools)]
-
-    def _shuffled(self, pool: VotePool, index: int) -> VotePool:
-        """The first picture is the seed's ordinary one: it shall not always be on the left."""
-        order = permutation(len(pool), self.seed, "sides", index)
-        return replace(
-            pool,
-            latents=pool.latents[order],
-            pictures=tuple(pool.pictures[n] for n in order),
-            seeds=tuple(pool.seeds[n] for n in order),
-        )
+        return [pool.shuffled(permutation(len(pool), self.seed, "sides", first + n)) for n, pool in enumerate(pools)]
 
     def _position(self, index: int) -> tuple[str, int]:
         """Prompt and seed of pool number `index`: all prompts in turn, in another order each time round."""

@@ -144,3 +144,13 @@ def test_a_pools_votes_are_as_those_of_its_pairs(tmp_path):
     assert folder.add_pool(pool, {(0, 1): "left", (1, 2): "tie"}) == []  # votes that stand stay
     with pytest.raises(SpoError, match="is not known"):
         folder.add_pool(pool, {(0, 1): "both"})
+
+
+def test_a_pool_in_another_order(tmp_path):
+    latents = torch.arange(3.0)[:, None, None, None].expand(3, 4, 2, 2)
+    pictures = tuple(Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (0, 100, 200))
+    pool = VotePool("a", latents, pictures, (5, 6, 7), 4, "sd15", "name", "0123456789")
+    other = pool.shuffled([2, 0, 1])
+    assert other.seeds == (7, 5, 6) and other.pictures == (pictures[2], pictures[0], pictures[1])
+    assert other.latents[:, 0, 0, 0].tolist() == [2, 0, 1]
+    assert (other.prompt, other.from_step) == ("a", 4)
