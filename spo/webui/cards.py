@@ -10,8 +10,8 @@ from spo.files import write_text, write_whole
 from spo.runs.layout import RunFiles
 
 if TYPE_CHECKING:
-    from spo.webui.a1111 import Pictures
     from spo.webui.host import WebUIHost
+    from spo.webui.seam import webui
 
 _SD_VERSION = {"sd15": "SD1", "sdxl": "SDXL"}
 
@@ -47,7 +47,7 @@ def _facts(host: WebUIHost, path: Path) -> dict[str, Any]:
     }
 
 
-def _preview(host: WebUIHost, path: Path) -> Pictures:
+def _preview(host: WebUIHost, path: Path) -> webui.Pictures:
     """One ordinary picture of the first sample prompt, with an infotext that names this LoRA."""
     run = host.config.run
     prompt = (list(run.sample_prompts) or host.prompts)[0]

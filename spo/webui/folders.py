@@ -20,7 +20,7 @@ from spo.preference.load import (
 )
 from spo.runs.layout import FOLDER_SUFFIX, RunFiles, split_stage
 from spo.training.judges import AUTO, NONE
-from spo.webui import a1111
+from spo.webui.seam import webui
 
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}
 _FORBIDDEN = re.compile(r'[<>:"|?*\\\x00-\x1f\x7f,]')
@@ -30,12 +30,12 @@ BUNDLED_PROMPTS = Path(__file__).parents[1] / "demo" / "prompts.txt"
 
 def preference_folder() -> Path:
     """Where preference models are looked for: models/SPO."""
-    return a1111.models_folder() / "SPO"
+    return webui.models_folder() / "SPO"
 
 
 def placeless(text: str) -> str:
     """`text` with the WebUI's folders by their names: where they are on this machine is nobody's business."""
-    for folder in sorted({*a1111.lora_folders(), a1111.models_folder()}, key=lambda one: -len(str(one))):
+    for folder in sorted({*webui.lora_folders(), webui.models_folder()}, key=lambda one: -len(str(one))):
         text = text.replace(str(folder), folder.name)
     return text
 
@@ -69,7 +69,7 @@ def lora_path(name: str) -> Path:
         bad = bad or len(part.encode("utf-8", "replace")) > _MAX_BYTES
         if bad or part.split(".")[0].strip().lower() in _RESERVED:
             raise SpoError(f'LoRA name "{name[:80]}" cannot be used because of "{part}"; {rule}.')
-    folder = a1111.lora_folder().resolve()
+    folder = webui.lora_folder().resolve()
     path = folder.joinpath(*parts[:-1], f"{parts[-1]}.safetensors")
     if not path.parent.resolve().is_relative_to(folder):
         raise SpoError(f'LoRA name "{name[:80]}" leads out of the LoRA folder; {rule}.')
@@ -78,7 +78,7 @@ def lora_path(name: str) -> Path:
 
 def lora_name(path: Path) -> str:
     """The inverse of `lora_path`, as the file is called there, be it a link; LyCORIS/NAME for one of the old folder."""
-    main, *others = [a1111.lora_folder(), *a1111.lora_folders()[1:]]
+    main, *others = [webui.lora_folder(), *webui.lora_folders()[1:]]
     stem = path.absolute().with_suffix("")
     for place, folder in ((stem, main), (path.resolve().with_suffix(""), main.resolve())):
         if place.is_relative_to(folder):
@@ -91,7 +91,7 @@ def lora_name(path: Path) -> str:
 
 def lora_files() -> dict[str, Path]:
     """The .safetensors files that the WebUI finds, by name (`lora_name`), sorted."""
-    return {lora_name(path): path for path in sorted(a1111.lora_files(".safetensors"))}
+    return {lora_name(path): path for path in sorted(webui.lora_files(".safetensors"))}
 
 
 def lora_file(name: str) -> Path:
@@ -229,7 +229,7 @@ def labelled_pairs(name: str) -> Path:
     inside = Path(os.path.normpath(place / text))  # an absolute path, or one with .., leads out of it
     if inside.is_relative_to(place) and inside.exists():
         return inside
-    if a1111.open_to_others():
+    if webui.open_to_others():
         raise SpoError(
             f'"{text[:80]}" cannot be opened from here; name a folder or a parquet file in models/SPO/pairs.'
         )

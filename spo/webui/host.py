@@ -22,8 +22,7 @@ from spo.errors import SpoError
 from spo.progress import StopRequested
 from spo.rng import SeededDraws
 from spo.training.host import ladder_of
-from spo.webui import a1111
-from spo.webui.a1111 import Checkpoint, EncodedPrompts, OwnSampling, PictureRequest, Pictures, StepConditioning
+from spo.webui.seam import webui
 
 
 @contextmanager
@@ -36,25 +35,25 @@ def borrowed(config: Config, *, training: bool = False, again: bool = False) -> 
     not be trained, and for another one than the configuration's.
     """
     if again:
-        a1111.load_again(Path(config.model.checkpoint))
-    elif a1111.other_left_loaded():
-        a1111.swap_back()
-    checkpoint = a1111.loaded_checkpoint()
+        webui.load_again(Path(config.model.checkpoint))
+    elif webui.other_left_loaded():
+        webui.swap_back()
+    checkpoint = webui.loaded_checkpoint()
     if config.model.checkpoint not in ("", str(checkpoint.file)):
         raise SpoError(
             f"The checkpoint was changed to {checkpoint.name} while this waited in the WebUI's queue; start it again."
         )
     if training:
-        a1111.refuse_training(checkpoint)
+        webui.refuse_training(checkpoint)
     try:
-        with a1111.pinned(checkpoint), a1111.trainable(checkpoint):
+        with webui.pinned(checkpoint), webui.trainable(checkpoint):
             host = WebUIHost(config, checkpoint)
             try:
                 yield host
             finally:
                 host.set_gradient_checkpointing(False)
     finally:
-        a1111.load_afresh(checkpoint)
+        webui.load_afresh(checkpoint)
 
 
 class WebUIHost:
@@ -62,18 +61,18 @@ class WebUIHost:
 
     naming = "ldm"
 
-    def __init__(self, config: Config, checkpoint: Checkpoint) -> None:
+    def __init__(self, config: Config, checkpoint: webui.Checkpoint) -> None:
         self.config, self.checkpoint = config, checkpoint
         self.architecture = checkpoint.architecture
         self.prediction_type = checkpoint.prediction_type
         self.network = checkpoint.network
         self.checkpoint_name, self.checkpoint_hash = checkpoint.name, checkpoint.hash
-        self.device, self.dtype = a1111.device(), a1111.compute_dtype()
+        self.device, self.dtype = webui.device(), webui.compute_dtype()
         self.decode_batch = config.rollout.decode_batch
         self.prompts: list[str] = []
         self.last_prompts: list[str] = []
-        self._encoded: EncodedPrompts | None = None
-        a1111.network_to_card(checkpoint)
+        self._encoded: webui.EncodedPrompts | None = None
+        webui.network_to_card(checkpoint)
         self._place = next(self.network.parameters()).device
         if config.model.gradient_checkpointing:
             self.set_gradient_checkpointing(True)
@@ -85,12 +84,12 @@ class WebUIHost:
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Recompute blocks in the backward pass, or not."""
-        a1111.set_gradient_checkpointing(self.network, on)
+        webui.set_gradient_checkpointing(self.network, on)
 
     def check(self) -> None:
         """SpoError when the checkpoint was switched or moved since training began."""
-        switched = not a1111.is_loaded(self.checkpoint)
-        if switched or a1111.has_moved(self.checkpoint, self._place):
+        switched = not webui.is_loaded(self.checkpoint)
+        if switched or webui.has_moved(self.checkpoint, self._place):
             raise SpoError(
                 f"{self.checkpoint_name} was {'switched' if switched else 'unloaded'} while it was being trained, so "
                 "the run has ended. Load it again and resume, to go on from the last saved state."
@@ -104,19 +103,19 @@ class WebUIHost:
         Raises SpoError when prompts name different networks, since the WebUI's batches use those of the first.
         """
         self.prompts = list(prompts)
-        by_networks = {" ".join(a1111.networks_of(prompt)): prompt for prompt in prompts}
+        by_networks = {" ".join(webui.networks_of(prompt)): prompt for prompt in prompts}
         if len(by_networks) > 1:
             first, second = list(by_networks.values())[:2]
             raise SpoError(
                 f'All training prompts must name the same LoRAs; "{first}" and "{second}" differ. '
                 "Give them the same ones, or train without."
             )
-        a1111.activate_networks(prompts[0])
+        webui.activate_networks(prompts[0])
         size = self.config.prompt
-        self._encoded = a1111.encode_prompts(
+        self._encoded = webui.encode_prompts(
             self.checkpoint, prompts, size.negative_prompt, len(self.ladder()) - 1, size.width, size.height
         )
-        a1111.network_to_card(self.checkpoint)
+        webui.network_to_card(self.checkpoint)
 
     def ladder(self) -> Tensor:
         """[T + 1] noise levels: the configured ones, on the loaded model's own schedule."""
@@ -153,20 +152,20 @@ class WebUIHost:
             rollout = sample_spo(
                 at_its_step, x, sigmas, extra_args, others.get("callback"),
                 settings=settings, draws=draws, alphas_cumprod=self.alphas_cumprod.cpu(), scoring=scoring,
-                repeat=a1111.repeat_arguments,
+                repeat=webui.repeat_arguments,
             )  # fmt: skip
             rollouts.append(rollout)
             return rollout.x
 
         size = self.config.prompt
         noise = draws.initial((4, size.height // 8, size.width // 8))
-        own = OwnSampling(sample, self.ladder(), noise, self._encoded)
-        a1111.keep_adapter_precision(self.network)
+        own = webui.OwnSampling(sample, self.ladder(), noise, self._encoded)
+        webui.keep_adapter_precision(self.network)
         self.last_prompts = list(prompts)
         while True:
             self.check()
             try:
-                pictures = a1111.txt2img(self._request(prompts, seeds), own)
+                pictures = webui.txt2img(self._request(prompts, seeds), own)
             except Exception:
                 self.check()  # a switched checkpoint fails in many ways; say what it was
                 raise
@@ -176,12 +175,12 @@ class WebUIHost:
             if not pictures.skipped:  # the WebUI's Skip button means pictures, not training
                 raise StopRequested
 
-    def picture(self, prompt: str, seed: int, infotext_prompt: str) -> Pictures:
+    def picture(self, prompt: str, seed: int, infotext_prompt: str) -> webui.Pictures:
         """One ordinary picture of the network as it is now, made by Euler a."""
-        return a1111.txt2img(self._request([prompt], [seed], infotext_prompt))
+        return webui.txt2img(self._request([prompt], [seed], infotext_prompt))
 
-    def _request(self, prompts: Sequence[str], seeds: Sequence[int], infotext_prompt: str = "") -> PictureRequest:
-        return PictureRequest(
+    def _request(self, prompts: Sequence[str], seeds: Sequence[int], infotext_prompt: str = "") -> webui.PictureRequest:
+        return webui.PictureRequest(
             prompts,
             seeds,
             self.config.prompt.negative_prompt,
@@ -194,12 +193,12 @@ class WebUIHost:
 
     def decode(self, latents: Tensor) -> Tensor:
         """[N, 4, h, w] latents -> [N, 3, 8 h, 8 w] pictures about [-1, 1], float32, by the user's VAE and method."""
-        parts = [a1111.decode(self.checkpoint, part) for part in latents.split(self.decode_batch)]
+        parts = [webui.decode(self.checkpoint, part) for part in latents.split(self.decode_batch)]
         return torch.cat(parts)
 
     def encode(self, pictures: Tensor, noise: Tensor | None = None) -> Tensor:
         """[N, 3, 8 h, 8 w] pictures in [-1, 1] -> [N, 4, h, w] float32 latents by the user's VAE; see `Host`."""
-        return a1111.encode(self.checkpoint, pictures, noise)
+        return webui.encode(self.checkpoint, pictures, noise)
 
     # ---- training
 
@@ -211,13 +210,13 @@ class WebUIHost:
         conditioning = [
             self._encoded.at(prompt, n, self.device) for prompt, n in zip(prompts, step.tolist(), strict=True)
         ]
-        a1111.keep_adapter_precision(self.network)
-        inner = a1111.denoiser(self.checkpoint)
+        webui.keep_adapter_precision(self.network)
+        inner = webui.denoiser(self.checkpoint)
         if len({length for one in conditioning for length in one.lengths()}) == 1:
             groups = [list(range(len(conditioning)))]
         else:  # prompts of different lengths cannot share a call
             groups = [[n] for n in range(len(conditioning))]
-        with a1111.autocast():
+        with webui.autocast():
             parts = [
                 _denoise_group(inner, x[rows], sigma[rows], [conditioning[n] for n in rows], guidance)
                 for rows in groups
@@ -226,7 +225,7 @@ class WebUIHost:
 
 
 def _denoise_group(
-    inner: Any, x: Tensor, sigma: Tensor, conditioning: Sequence[StepConditioning], guidance: float
+    inner: Any, x: Tensor, sigma: Tensor, conditioning: Sequence[webui.StepConditioning], guidance: float
 ) -> Tensor:
     """[N, ...] denoised by one call (two where the lengths of positive and negative prompts differ)."""
     counts = [len(one.weights) for one in conditioning]
@@ -235,13 +234,13 @@ def _denoise_group(
     positive, negative = [one.cond for one in conditioning], [one.uncond for one in conditioning]
     base: Tensor | None = None
     if guidance == 1:
-        outputs = a1111.evaluate(inner, x[rows], sigma[rows], positive)
+        outputs = webui.evaluate(inner, x[rows], sigma[rows], positive)
     elif len({length for one in conditioning for length in one.lengths()}) == 1:
-        both = a1111.evaluate(inner, x[rows + everyone], sigma[rows + everyone], positive + negative)
+        both = webui.evaluate(inner, x[rows + everyone], sigma[rows + everyone], positive + negative)
         outputs, base = both[: len(rows)], both[len(rows) :]
     else:
-        outputs = a1111.evaluate(inner, x[rows], sigma[rows], positive)
-        base = a1111.evaluate(inner, x, sigma, negative)
+        outputs = webui.evaluate(inner, x[rows], sigma[rows], positive)
+        base = webui.evaluate(inner, x, sigma, negative)
     denoised = []
     for n, (one, parts) in enumerate(zip(conditioning, outputs.split(counts), strict=True)):
         if base is None:  # without guidance, the parts of a prompt with AND by their weights

@@ -11,7 +11,8 @@ from spo.config import read_config_file
 from spo.errors import SpoError
 from spo.runs.layout import RunFiles
 from spo.runs.metrics import read_metrics
-from spo.webui import a1111, folders
+from spo.webui import folders
+from spo.webui.seam import webui
 
 
 @dataclass(frozen=True)
@@ -87,5 +88,5 @@ def delete(name: str, lora_too: bool) -> int:
     for path in doomed:
         path.unlink()
     count = len(doomed) + files.delete()
-    a1111.refresh_loras()
+    webui.refresh_loras()
     return count

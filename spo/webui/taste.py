@@ -21,8 +21,8 @@ from spo.preference.choose import MAX_CANDIDATES, sample_best
 from spo.preference.load import BUNDLED, check_made_for, describe_preference, load
 from spo.preference.steer import MAX_STRENGTH, steering
 from spo.preference.taste.head import TasteFacts, TasteHead
-from spo.webui import a1111, folders
-from spo.webui.a1111 import LoopChange, OwnLoop, SamplerPass
+from spo.webui import folders
+from spo.webui.seam import webui
 
 TITLE = "SPO taste"
 STEER, CHOOSE = "Steer", "Choose"
@@ -89,7 +89,7 @@ def _number(given: Mapping[str, Any], name: str, low: float, high: float) -> flo
 # ----------------------------------------------------------------------------------------------------- what comes of it
 
 
-def change_of(sampler_pass: SamplerPass, values: Sequence[Any]) -> LoopChange | None:
+def change_of(sampler_pass: webui.SamplerPass, values: Sequence[Any]) -> webui.LoopChange | None:
     """What the fields change in a pass; None when they are off.
 
     Raises SpoError, so that there is no picture, for what cannot be done with this model, checkpoint or sampler.
@@ -108,7 +108,7 @@ def change_of(sampler_pass: SamplerPass, values: Sequence[Any]) -> LoopChange | 
         infotext[_KEYS["strength"]] = f"{request.strength:g}"
         by = steering(_model(path), request.strength)
         shift = by.shift if request.strength else None
-        return LoopChange(shift, infotext=infotext, remark=_remark(by.head.facts, sampler_pass))
+        return webui.LoopChange(shift, infotext=infotext, remark=_remark(by.head.facts, sampler_pass))
     infotext[_KEYS["candidates"]] = str(request.candidates)
     if not sampler_pass.ancestral:
         raise SpoError(
@@ -120,11 +120,11 @@ def change_of(sampler_pass: SamplerPass, values: Sequence[Any]) -> LoopChange | 
     model = _model(path)
     facts = model.facts if isinstance(model, TasteHead) else TasteFacts()
     chosen = partial(_chosen, model, sampler_pass.prompts, request.candidates, sampler_pass.eta)
-    return LoopChange(function=chosen, infotext=infotext, remark=_remark(facts, sampler_pass))
+    return webui.LoopChange(function=chosen, infotext=infotext, remark=_remark(facts, sampler_pass))
 
 
-def _chosen(model: PreferenceModel, prompts: Sequence[str], candidates: int, eta: float, loop: OwnLoop) -> Tensor:
-    decode = partial(a1111.decode, a1111.loaded_checkpoint()) if model.needs_pixels else None
+def _chosen(model: PreferenceModel, prompts: Sequence[str], candidates: int, eta: float, loop: webui.OwnLoop) -> Tensor:
+    decode = partial(webui.decode, webui.loaded_checkpoint()) if model.needs_pixels else None
     return sample_best(
         loop.model, loop.x, loop.sigmas, callback=loop.callback,
         preference=model, prompts=prompts, candidates=candidates, draws=loop.draws,
@@ -132,7 +132,7 @@ def _chosen(model: PreferenceModel, prompts: Sequence[str], candidates: int, eta
     )  # fmt: skip
 
 
-def _check_checkpoint(name: str, path: str, sampler_pass: SamplerPass) -> None:
+def _check_checkpoint(name: str, path: str, sampler_pass: webui.SamplerPass) -> None:
     """SpoError for a model made for another kind of checkpoint: its scores of these latents would mean nothing."""
     if not sampler_pass.architecture:
         raise SpoError(f"{TITLE} works with SD1.5 and SDXL; {sampler_pass.checkpoint_name} is neither. Switch it off.")
@@ -145,7 +145,7 @@ def _check_checkpoint(name: str, path: str, sampler_pass: SamplerPass) -> None:
     check_made_for(name, sampler_pass.checkpoint_name)
 
 
-def _remark(facts: TasteFacts, sampler_pass: SamplerPass) -> str:
+def _remark(facts: TasteFacts, sampler_pass: webui.SamplerPass) -> str:
     """A sentence about a head that was fitted to another checkpoint's pictures: it may do, as latents are alike."""
     here, there = sampler_pass.checkpoint_name, Path(facts.checkpoint_name.removesuffix(".safetensors")).name
     hashes = [one for one in (sampler_pass.checkpoint_hash, facts.checkpoint_hash) if one]
@@ -162,7 +162,7 @@ _loaded: dict[tuple[str, float, str], PreferenceModel] = {}
 
 def _model(path: str) -> PreferenceModel:
     """The model in a file or of a bundled name, on the WebUI's device."""
-    place = a1111.device()
+    place = webui.device()
     changed = Path(path).stat().st_mtime if path != BUNDLED else 0.0
     key = (path, changed, str(place))
     if key not in _loaded:
@@ -180,7 +180,7 @@ def _forget_model() -> None:
 
 def script() -> type:
     """The class that the WebUI looks for in a script's file."""
-    return a1111.script_class(TITLE, build, change_of)
+    return webui.script_class(TITLE, build, change_of)
 
 
 def build(is_img2img: bool) -> tuple[list[Any], list[tuple[Any, Any]]]:
@@ -195,7 +195,7 @@ def build(is_img2img: bool) -> tuple[list[Any], list[tuple[Any, Any]]]:
             model = gr.Dropdown(
                 choices, value=next(iter(choices), None), label="Taste", elem_id=f"spo_taste_{tab}_model"
             )
-            a1111.refresh_button(model, choices_of_models, f"spo_taste_{tab}_refresh")
+            webui.refresh_button(model, choices_of_models, f"spo_taste_{tab}_refresh")
         how = gr.Radio(
             list(WAYS), value=STEER, label="How it is followed",
             info="Steer: each step is bent a little, with any sampler. Choose: the best of some draws, with Euler a.",

@@ -14,7 +14,8 @@ from typing import Any
 
 from spo.errors import SpoError, nearest
 from spo.runs.layout import split_stage
-from spo.webui import a1111, taste
+from spo.webui import taste
+from spo.webui.seam import webui
 
 LORA, STAGE, WEIGHT = "[SPO] LoRA", "[SPO] stage", "[SPO] weight"
 TASTE = {  # field of the taste's request -> label
@@ -31,7 +32,7 @@ _TAG = re.compile(r"\s*<lora:([^:>]+)(?::([^>]*))?>")
 def add_axes() -> None:
     """Put our axes into the X/Y/Z plot, once, also after Reload UI. Call it before the page is built."""
     plot: Any
-    for plot in a1111.xyz_plots():
+    for plot in webui.xyz_plots():
         known = {option.label for option in plot.axis_options}
         for option in _options(plot.AxisOption):
             if option.label not in known:
@@ -69,7 +70,7 @@ def _options(axis_option: Callable[..., Any]) -> Iterator[Any]:
 
 def _made_by_spo() -> list[str]:
     """Names, as prompts call them, of the LoRAs that SPO made; the WebUI has their metadata at hand."""
-    loras = a1111.known_loras() or {}
+    loras = webui.known_loras() or {}
     return sorted((name for name, lora in loras.items() if lora.metadata.get("spo_run_id")), key=str.casefold)
 
 

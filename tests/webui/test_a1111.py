@@ -254,7 +254,7 @@ def test_what_is_chosen_in_the_middle_waits_for_the_end(webui, tmp_path, monkeyp
 def test_a_refiner_left_loaded_is_swapped_back_at_start(webui, tmp_path):
     from modules import sd_models, shared
 
-    from spo.webui import a1111
+    from spo.webui import seam
     from spo.webui.jobs import job
 
     host.load("tiny-sd1")
@@ -262,8 +262,8 @@ def test_a_refiner_left_loaded_is_swapped_back_at_start(webui, tmp_path):
     other = next(info for info in sd_models.checkpoints_list.values() if info.name == "tiny-sdxl.safetensors")
     with sd_models.SkipWritingToConfig():  # as `apply_refiner` does
         sd_models.reload_model_weights(info=other)
-    assert a1111.loaded_checkpoint().architecture == "sdxl"
-    assert a1111.other_left_loaded()
+    assert seam.webui.loaded_checkpoint().architecture == "sdxl"
+    assert seam.webui.other_left_loaded()
     assert job.ready_checkpoint().architecture == "sd15"
     assert shared.opts.data["sd_model_checkpoint"] == chosen
     with sd_models.SkipWritingToConfig():

@@ -102,7 +102,7 @@ def one_candidate(*, prompt=PROMPT, seed=7, scheduler="Karras", size=128):
     from modules import processing, sd_samplers, shared
 
     from spo.algorithm.rollout import RolloutSettings, sample_spo
-    from spo.webui import a1111
+    from spo.webui import seam
 
     p = SimpleNamespace(
         is_hr_pass=False, scheduler=scheduler, sampler_noise_scheduler_override=None, extra_generation_params={}
@@ -116,8 +116,8 @@ def one_candidate(*, prompt=PROMPT, seed=7, scheduler="Karras", size=128):
             alphas_cumprod=shared.sd_model.alphas_cumprod,
         ).x  # fmt: skip
 
-    request = a1111.PictureRequest([prompt] * 2, [seed, seed + 1], "bad", 8, 5, size, size)
-    made = a1111.txt2img(request, a1111.OwnSampling(sample, sigmas, draws.generator.next()))
+    request = seam.webui.PictureRequest([prompt] * 2, [seed, seed + 1], "bad", 8, 5, size, size)
+    made = seam.webui.txt2img(request, seam.webui.OwnSampling(sample, sigmas, draws.generator.next()))
     decoded = torch.stack(processing.decode_latent_batch(shared.sd_model, made.latents)).float()
     return ((decoded + 1) * 127.5).clamp(0, 255).byte().permute(0, 2, 3, 1).numpy().astype(int)
 
@@ -155,11 +155,11 @@ def test_one_candidate_is_euler_a(webui, name, architecture, scheduler):
 
 @pytest.mark.parametrize(("name", "architecture"), CHECKPOINTS)
 def test_training_borrows_the_model_and_gives_it_back(webui, tmp_path, name, architecture):
-    from spo.webui import a1111
+    from spo.webui import seam
     from spo.webui.host import borrowed
 
     model = load(name)
-    assert a1111.loaded_checkpoint().architecture == a1111.glance().architecture == architecture
+    assert seam.webui.loaded_checkpoint().architecture == seam.webui.glance().architecture == architecture
     before = txt2img("Euler a")
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     tree = [(key, id(module), module.training) for key, module in model.named_modules()]
@@ -367,11 +367,11 @@ def test_weights_stored_in_float8(webui, tmp_path):
 def test_what_cannot_be_trained_is_refused_before_anything_is_touched(webui, tmp_path, monkeypatch):
     from modules import sd_models, shared
 
-    from spo.webui import a1111
+    from spo.webui import seam
 
     def refused(words):
         with pytest.raises(SpoError, match=words):
-            a1111.refuse_training(a1111.loaded_checkpoint())
+            seam.webui.refuse_training(seam.webui.loaded_checkpoint())
         monkeypatch.undo()
 
     model = load("tiny-sd1")

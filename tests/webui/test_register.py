@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("gradio")
 fastapi = pytest.importorskip("fastapi")
 
-from spo.webui import a1111, register, xyz  # noqa: E402
+from spo.webui import register, seam, xyz  # noqa: E402
 from spo.webui.jobs import fetching, job, voting  # noqa: E402
 from spo.webui.tabs import tab  # noqa: E402
 from tests.webui import stand_in  # noqa: E402
@@ -17,9 +17,9 @@ webui = stand_in.webui
 
 @pytest.fixture
 def given(webui, monkeypatch):
-    """The arguments of `a1111.on_start`."""
+    """The arguments of `seam.webui.on_start`."""
     given = {}
-    monkeypatch.setattr(a1111, "on_start", lambda **parts: given.update(parts))
+    monkeypatch.setattr(seam.webui, "on_start", lambda **parts: given.update(parts))
     register.register()
     return given
 

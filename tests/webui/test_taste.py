@@ -15,7 +15,7 @@ from spo.algorithm.diffusion import scaled_linear_alphas_cumprod
 from spo.errors import SpoError
 from spo.preference.steer import MAX_STRENGTH
 from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork, save_taste
-from spo.webui import a1111, folders, taste
+from spo.webui import folders, seam, taste
 from spo.webui.a1111 import SamplerPass, loop
 from spo.webui.taste import CHOOSE, STEER, TasteRequest, change_of, request_of
 from tests.webui import test_host as host
@@ -94,7 +94,7 @@ def sampler_pass(**changes):
 def models(monkeypatch, tmp_path):
     """models/SPO with two heads; the WebUI computes on the CPU."""
     monkeypatch.setattr(folders, "preference_folder", lambda: tmp_path)
-    monkeypatch.setattr(a1111, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(seam.webui, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr(taste, "_loaded", {})
     save_taste(random_head(), tmp_path / "mine.safetensors")
     save_taste(random_head(architecture="sdxl"), tmp_path / "large.safetensors")
@@ -168,7 +168,7 @@ def test_fields_come_in_the_requests_order_and_find_themselves_in_an_infotext(mo
     pytest.importorskip("gradio")
     import gradio as gr
 
-    monkeypatch.setattr(a1111, "refresh_button", lambda *given: None)
+    monkeypatch.setattr(seam.webui, "refresh_button", lambda *given: None)
     with gr.Blocks():
         fields, pasted = taste.build(False)
     assert [field.elem_id for field in fields] == [f"spo_taste_txt2img_{name}" for name in FIELDS]
@@ -341,7 +341,7 @@ def test_the_guided_prediction_moves_by_the_shift_with_and_and_at_any_scale(head
         script_callbacks.on_cfg_after_cfg(keep)
         try:
             if bent:
-                with a1111.predictions_shifted(known):
+                with seam.webui.predictions_shifted(known):
                     generate([], sampler, with_script=False, steps=3)
             else:
                 generate([], sampler, with_script=False, steps=3)

@@ -90,13 +90,13 @@ def test_pictures_have_their_turn_and_the_run_ends_as_without_them(webui, monkey
 def test_with_the_setting_off_pictures_wait_for_the_end(webui, monkeypatch):
     from modules import progress, shared
 
-    from spo.webui import a1111
+    from spo.webui import seam
 
     monkeypatch.setitem(progress.pending_tasks, "task(one)", 0.0)
-    monkeypatch.setitem(shared.opts.data, a1111.TURNS, True)
-    assert a1111.others_wait()
-    monkeypatch.setitem(shared.opts.data, a1111.TURNS, False)
-    assert not a1111.others_wait()
-    monkeypatch.setitem(shared.opts.data, a1111.TURNS, True)
+    monkeypatch.setitem(shared.opts.data, seam.webui.TURNS, True)
+    assert seam.webui.others_wait()
+    monkeypatch.setitem(shared.opts.data, seam.webui.TURNS, False)
+    assert not seam.webui.others_wait()
+    monkeypatch.setitem(shared.opts.data, seam.webui.TURNS, True)
     progress.pending_tasks.clear()
-    assert not a1111.others_wait()
+    assert not seam.webui.others_wait()

@@ -21,11 +21,12 @@ from fastapi.security.http import HTTPBase
 
 from spo import config, presets
 from spo.errors import SpoError, nearest
-from spo.webui import a1111, folders, runs
+from spo.webui import folders, runs
 from spo.webui.api import bodies
 from spo.webui.api.bodies import MAX_BYTES, NotJSONError, shortened
 from spo.webui.jobs import comparison, job
 from spo.webui.jobs.training import HOST_OWNED, TrainingRequest, start_training
+from spo.webui.seam import webui
 
 ROOT = "/spo/v1"
 _READ_ON_BYTES = 16 * MAX_BYTES  # of a body that is too large, so that its sender gets to hear so
@@ -40,9 +41,9 @@ def add_routes(app: FastAPI) -> None:
         tags=["SPO"],
         route_class=_Route,
         default_response_class=_AsciiJSON,
-        dependencies=[Security(_BASIC)] if a1111.api_auth() else [],
+        dependencies=[Security(_BASIC)] if webui.api_auth() else [],
     )
-    refusals = {401: "credentials of --api-auth are missing or wrong"} if a1111.api_auth() else {}
+    refusals = {401: "credentials of --api-auth are missing or wrong"} if webui.api_auth() else {}
     body_refusals = refusals | {
         400: "the body is not JSON",
         409: "other work is going on",
@@ -145,11 +146,11 @@ def _status_of(error: SpoError) -> int:
 
 def _authorise(given: Any) -> None:
     """Check HTTP basic credentials against --api-auth, in a time that does not tell how much of them was right."""
-    if not a1111.api_auth():
+    if not webui.api_auth():
         return
     code = given.credentials if given is not None and given.scheme.lower() == "basic" else ""
     # every pair is compared, so that the time does not tell which one it was
-    right = [secrets.compare_digest(code.encode(), base64.b64encode(pair)) for pair in a1111.api_credentials()]
+    right = [secrets.compare_digest(code.encode(), base64.b64encode(pair)) for pair in webui.api_credentials()]
     if not any(right):
         raise HTTPException(
             401,
@@ -209,7 +210,7 @@ def _check_free() -> None:
 
 def _check_styles(names: list[str]) -> None:
     for name in names:
-        if name not in (known := a1111.style_names()):
+        if name not in (known := webui.style_names()):
             raise SpoError(f'style "{name}" is not known{nearest(name, known)}.')
 
 
@@ -279,5 +280,5 @@ def list_settings() -> dict[str, Any]:
             for preset in presets.NAMED.values()
         },
         "preferences": folders.preference_choices(),
-        "styles": a1111.style_names(),
+        "styles": webui.style_names(),
     }

@@ -13,9 +13,10 @@ from spo.preference.clip.pair_data import open_pairs
 from spo.preference.load import load
 from spo.progress import Watcher
 from spo.training.clip import PRESETS, ClipTraining, check_output, memory_bytes, starting_model, train_clip
-from spo.webui import a1111, folders
+from spo.webui import folders
 from spo.webui.host import borrowed
 from spo.webui.jobs.job import Job, ready_checkpoint, start
+from spo.webui.seam import webui
 
 if TYPE_CHECKING:
     from spo.progress import Progress
@@ -73,7 +74,7 @@ def start_clip_training(request: ClipRequest) -> Job:
     return start("preference training", name, lambda job: _train(job, request, checkpoint, settings, source))
 
 
-def _train(job: Job, request: ClipRequest, checkpoint: a1111.Checkpoint, settings: ClipTraining, source: Any) -> None:
+def _train(job: Job, request: ClipRequest, checkpoint: webui.Checkpoint, settings: ClipTraining, source: Any) -> None:
 
     job.say("Loading the model to start from ...")
     values = {
@@ -83,7 +84,7 @@ def _train(job: Job, request: ClipRequest, checkpoint: a1111.Checkpoint, setting
         "output": str(settings.output),
         "width": settings.width,
         "height": settings.height,
-        "clip_skip": a1111.clip_skip(),
+        "clip_skip": webui.clip_skip(),
     }
     with borrowed(build_config(values, checkpoint.architecture)) as host:
         clip = starting_model(Path(folders.preference_path(request.start)), settings.seed)
@@ -98,7 +99,7 @@ def _train(job: Job, request: ClipRequest, checkpoint: a1111.Checkpoint, setting
         def progress(now: Progress) -> None:
             job.fraction, job.eta_s, job.step = now.fraction, now.eta_s, now.step
             job.version += 1
-            a1111.show_progress(now.fraction, f"update {now.step} of {settings.steps}", now.eta_s)
+            webui.show_progress(now.fraction, f"update {now.step} of {settings.steps}", now.eta_s)
 
         watcher = Watcher(progress=progress, should_stop=job.asked_to_stop, log=job.say)
         report = train_clip(clip, host, source, settings, watcher, labeller=labeller, resume=request.resume)
@@ -116,7 +117,7 @@ def _train(job: Job, request: ClipRequest, checkpoint: a1111.Checkpoint, setting
 
 def _check_memory(needed: int, settings: ClipTraining) -> None:
     """SpoError when the card is too small, before anything is moved there."""
-    card = a1111.card()
+    card = webui.card()
     needed_gib = needed / 2**30
     if card is None or needed_gib + _BESIDE_GIB <= card.total_gib:
         return

@@ -29,9 +29,9 @@ from spo.preference.load import BUNDLED, check_made_for, load
 from spo.report.grids import grid
 from spo.report.tables import score_table, table
 from spo.training.memory import loaded_scorer, once_more, retry_with_less
-from spo.webui import a1111, folders
-from spo.webui.a1111 import Checkpoint, PictureRequest, Pictures
+from spo.webui import folders
 from spo.webui.jobs.job import Job, ready_checkpoint, start
+from spo.webui.seam import webui
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -87,7 +87,7 @@ class _Plan:
     request: CompareRequest
     rows: list[tuple[str, int]]
     columns: list[_Column]
-    checkpoint: Checkpoint
+    checkpoint: webui.Checkpoint
     width: int
     height: int
     preference: str
@@ -196,7 +196,7 @@ def _seeds(seeds: Sequence[int]) -> list[int]:
 
 
 def _check_sampling(request: CompareRequest) -> None:
-    known = a1111.sampler_names(hidden_too=True)
+    known = webui.sampler_names(hidden_too=True)
     if request.sampler not in known:
         raise SpoError(f'sampler "{request.sampler}" is not known{nearest(request.sampler, known)}.')
     if not 1 <= request.steps <= 150:
@@ -225,24 +225,24 @@ def _lora_path(name: str) -> Path:
 
 def _check_known_to_prompts(path: Path) -> None:
     """SpoError unless `<lora:STEM:1>` in a prompt means this file and no other."""
-    loras = a1111.known_loras()
+    loras = webui.known_loras()
     if loras is None:
         raise SpoError("The WebUI's own Lora extension is switched off; switch it on and restart to compare LoRAs.")
     if re.search(r"[:<>]", path.stem):
         raise SpoError(f'"{path.name}" cannot be named in a prompt because of its : < or >; rename the file.')
-    same_stem = [file for file in a1111.lora_files(".safetensors", ".pt", ".ckpt") if file.stem == path.stem]
+    same_stem = [file for file in webui.lora_files(".safetensors", ".pt", ".ckpt") if file.stem == path.stem]
     if len(same_stem) > 1:
         named = " and ".join(f"{folders.lora_name(file)}{file.suffix}" for file in sorted(same_stem))
         raise SpoError(f"Prompts cannot tell {named} apart, as the WebUI goes by the file's name alone; rename one.")
     if path.stem not in loras:
-        a1111.refresh_loras()
-        loras = a1111.known_loras() or {}
+        webui.refresh_loras()
+        loras = webui.known_loras() or {}
     if path.stem not in loras or not path.samefile(loras[path.stem].file):
         raise SpoError(f'The WebUI\'s Lora extension does not find "{path.name}"; refresh its tab, or rename the file.')
 
 
 def _loras_named(prompt: str) -> set[str]:
-    return {network.split(":")[1].rstrip(">") for network in a1111.networks_of(prompt) if network.startswith("<lora:")}
+    return {network.split(":")[1].rstrip(">") for network in webui.networks_of(prompt) if network.startswith("<lora:")}
 
 
 # ---------------------------------------------------------------------------------------------------- the work itself
@@ -250,24 +250,24 @@ def _loras_named(prompt: str) -> set[str]:
 
 def _compare(job: Job, plan: _Plan) -> None:
 
-    if a1111.other_left_loaded():
-        a1111.swap_back()
-    checkpoint = a1111.loaded_checkpoint()
+    if webui.other_left_loaded():
+        webui.swap_back()
+    checkpoint = webui.loaded_checkpoint()
     if checkpoint.info is not plan.checkpoint.info:
         raise SpoError("The checkpoint was changed while this comparison waited in the queue; start it again.")
     plan = replace(plan, checkpoint=checkpoint)
     judges = []
     for name, path in plan.judges.items():
         job.say(f"Loading the preference model {Path(path).name} ...")
-        read = partial(load, path, device=a1111.device(), architecture=plan.checkpoint.architecture, finished=True)
+        read = partial(load, path, device=webui.device(), architecture=plan.checkpoint.architecture, finished=True)
         judges.append(as_judge(name, loaded_scorer(read, job.say)))
-    features = choose_features("auto", judges, a1111.device())
+    features = choose_features("auto", judges, webui.device())
     if job.asked_to_stop():
         job.phase = "stopped"
         return job.say("Stopped before the first picture.")
     job.phase = "working"
     job.say(f"Making {plan.pictures} pictures.")
-    with a1111.pinned(checkpoint):
+    with webui.pinned(checkpoint):
         results = _make_pictures(job, plan, judges, features)
     if not results.pictures:
         job.phase = "stopped"
@@ -297,10 +297,10 @@ def _make_pictures(job: Job, plan: _Plan, judges: Sequence[Judge], features: Fea
                 results.ended_early = "Stopped"
                 return results
             done = number * len(plan.rows) + row
-            a1111.show_progress(job.fraction, f"picture {done + 1} of {plan.pictures}, {column.label}", job.eta_s)
+            webui.show_progress(job.fraction, f"picture {done + 1} of {plan.pictures}, {column.label}", job.eta_s)
             draw = partial(_make_picture, plan, f"{prompt} {column.tag}".rstrip(), seed)
             made = retry_with_less(draw, once_more(), job.say, _LESS_MEMORY)
-            if not a1111.is_loaded(plan.checkpoint):
+            if not webui.is_loaded(plan.checkpoint):
                 results.ended_early = "The checkpoint was switched, so the comparison ended"
                 return results
             if made is not None:
@@ -318,11 +318,11 @@ def _make_pictures(job: Job, plan: _Plan, judges: Sequence[Judge], features: Fea
     return results
 
 
-def _make_picture(plan: _Plan, prompt: str, seed: int) -> Pictures | None:
+def _make_picture(plan: _Plan, prompt: str, seed: int) -> webui.Pictures | None:
     """One ordinary picture, or None where the user skipped or interrupted it."""
     request = plan.request
-    made = a1111.txt2img(
-        PictureRequest(
+    made = webui.txt2img(
+        webui.PictureRequest(
             [prompt],
             [seed],
             request.negative_prompt,
@@ -337,7 +337,7 @@ def _make_picture(plan: _Plan, prompt: str, seed: int) -> Pictures | None:
     if made.interrupted or made.skipped or not made.images:
         return None
     if not made.images[0].convert("RGB").getbbox():  # --disable-nan-check lets them through
-        raise SpoError(a1111.bad_vae_text(f'made an all black picture of "{prompt}"'))
+        raise SpoError(webui.bad_vae_text(f'made an all black picture of "{prompt}"'))
     return made
 
 
@@ -348,12 +348,12 @@ def _notes(plan: _Plan) -> dict[str, str]:
     return notes | ({"SPO preference": Path(plan.preference).name} if plan.preference else {})
 
 
-def _measure(judges: Sequence[Judge], features: Features, made: Pictures, prompt: str) -> Measured:
+def _measure(judges: Sequence[Judge], features: Features, made: webui.Pictures, prompt: str) -> Measured:
     """Of a finished picture, for the prompt without the networks that it names."""
     assert made.latents is not None
     latents = made.latents.detach().float()
     pixels = _pixels(made.images[0]).to(latents.device)
-    return measure(pixels[None], latents, [a1111.prompt_text(prompt).strip()], judges, features)
+    return measure(pixels[None], latents, [webui.prompt_text(prompt).strip()], judges, features)
 
 
 def _pixels(picture: Image) -> Tensor:
@@ -413,4 +413,4 @@ def _save(plan: _Plan, results: _Results) -> Path:
         [[scored.get((row, column), "") for column in columns] for row in rows] if scored else None,
     )
     prompt, seed = plan.rows[0]
-    return a1111.save_grid(sheet, prompt, seed, results.infotext)
+    return webui.save_grid(sheet, prompt, seed, results.infotext)

@@ -8,8 +8,9 @@ from spo.errors import SpoError
 from spo.files import size_text
 from spo.preference.download import download, find_published
 from spo.preference.pickles import in_half
-from spo.webui import a1111, folders
+from spo.webui import folders
 from spo.webui.jobs.job import BusyError, Job, run
+from spo.webui.seam import webui
 
 _lock = threading.Lock()
 _current: Job | None = None
@@ -24,7 +25,7 @@ def current() -> Job | None:
 def start_fetching() -> Job:
     """Fetch the published model for the loaded checkpoint into models/SPO; returns at once. SpoError if one goes on."""
     global _current, _thread
-    architecture = a1111.glance().architecture
+    architecture = webui.glance().architecture
     if not architecture:
         raise SpoError("No checkpoint is loaded; choose one at the top of the page.")
     with _lock:

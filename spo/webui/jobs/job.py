@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spo.errors import SpoError
-from spo.webui import a1111
+from spo.webui.seam import webui
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -123,7 +123,7 @@ class Job:
         """Whether to save and end now. Raises Abandoned when it shall end without saving."""
         if self.stop_wanted == "now":
             raise Abandoned
-        return bool(self.stop_wanted) or a1111.interrupted()
+        return bool(self.stop_wanted) or webui.interrupted()
 
     def take_sample_wish(self) -> bool:
         """Whether pictures are wanted, once for each wish."""
@@ -149,9 +149,9 @@ def latest(*kinds: str) -> Job | None:
     return max(jobs, key=lambda job: job.begun_s) if jobs else None
 
 
-def ready_checkpoint() -> a1111.Checkpoint:
+def ready_checkpoint() -> webui.Checkpoint:
     """The checkpoint that work begun now would be on: the chosen one, but the loaded one while work goes on."""
-    return a1111.loaded_checkpoint() if _current is not None and _current.live else a1111.chosen_checkpoint()
+    return webui.loaded_checkpoint() if _current is not None and _current.live else webui.chosen_checkpoint()
 
 
 def start(kind: str, name: str, work: Callable[[Job], None], *, in_line: bool = False) -> Job:
@@ -162,7 +162,7 @@ def start(kind: str, name: str, work: Callable[[Job], None], *, in_line: bool = 
     """
     with _lock:
         if _thread is None or not _thread.is_alive():
-            job = Job(kind, name, a1111.new_task("spo"))
+            job = Job(kind, name, webui.new_task("spo"))
             _begin(job, work)
         elif in_line:
             job = Job(kind, name, "")
@@ -220,17 +220,17 @@ def end(timeout_s: float = 120.0) -> None:
 
 def _run_queued(job: Job, work: Callable[[Job], None]) -> None:
     while True:
-        with a1111.in_queue(job.task, job.task):
+        with webui.in_queue(job.task, job.task):
             run(job, work)
         job.version += 1
         if job.phase != "waiting":
             break
-        a1111.let_others_begin()
-        job.task = a1111.new_task("spo")
+        webui.let_others_begin()
+        job.task = webui.new_task("spo")
     with _lock:
         if _line:
             following, its_work = _line.pop(0)
-            following.task, following.begun_s = a1111.new_task("spo"), time.time()
+            following.task, following.begun_s = webui.new_task("spo"), time.time()
             _begin(following, its_work)
 
 
@@ -255,8 +255,8 @@ def run(job: Job, work: Callable[[Job], None]) -> None:
             f'"{Path(str(error.filename or "a file")).name}" could not be read or written: {error.strerror or error}. '
             "What was saved before is still there: make room, or close the program that holds the file, and resume."
         )
-        a1111.report(f"SPO: {job.kind} of {job.name} failed")
+        webui.report(f"SPO: {job.kind} of {job.name} failed")
     except BaseException as error:  # the WebUI's InterruptedException is not an Exception
         job.phase = "failed"
         job.say(f"{type(error).__name__}: {error}. The details are in the WebUI's console.")
-        a1111.report(f"SPO: {job.kind} of {job.name} failed")
+        webui.report(f"SPO: {job.kind} of {job.name} failed")

@@ -13,10 +13,10 @@ from spo.errors import SpoError
 from spo.headless.plan import Plan
 from spo.lora.adapter import configured_adapter
 from spo.training.memory import free_memory, is_out_of_memory
-from spo.webui import a1111
 from spo.webui.host import WebUIHost, borrowed
 from spo.webui.jobs import job
 from spo.webui.jobs.training import Prepared
+from spo.webui.seam import webui
 
 KEPT = (1.0, 0.5)  # shares of the pairs that may turn out clear enough to be kept
 
@@ -39,7 +39,7 @@ def time_text(prepared: Prepared, plan: Plan) -> str:
     if running is not None and running.live:
         return "time        is measured when nothing else goes on"
     try:
-        with a1111.in_queue("SPO probe"), borrowed(prepared.config, training=True) as host:
+        with webui.in_queue("SPO probe"), borrowed(prepared.config, training=True) as host:
             timing = _measure(host, prepared.prompts[0])
     except RuntimeError as error:
         if not is_out_of_memory(error):

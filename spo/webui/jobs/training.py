@@ -31,11 +31,12 @@ from spo.training.judges import load_judges, with_judges
 from spo.training.live_taste import live_taste
 from spo.training.loop import TrainingReport, check_output, train
 from spo.training.memory import loaded_scorer
-from spo.webui import a1111, cards, folders, runs
+from spo.webui import cards, folders, runs
 from spo.webui.host import borrowed
 from spo.webui.jobs.job import Example, Job, PoolPictures, ready_checkpoint, start
 from spo.webui.jobs.memory import memory_text
 from spo.webui.jobs.voting import fitted_on_device, votes_folder
+from spo.webui.seam import webui
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +94,7 @@ class Prepared:
 def prepare(request: TrainingRequest) -> Prepared:
     """Check everything that can be checked without loading anything. Raises SpoError; nothing is touched."""
     checkpoint = ready_checkpoint()
-    a1111.refuse_training(checkpoint)
+    webui.refuse_training(checkpoint)
     path = folders.lora_path(request.name)
     for name in request.settings:
         if name in HOST_OWNED:
@@ -116,10 +117,10 @@ def prepare(request: TrainingRequest) -> Prepared:
         prompts = read_prompts(files.prompts)
     else:
         styles = list(request.styles)
-        prompts = [a1111.with_styles(text, styles) for text in prompts]
+        prompts = [webui.with_styles(text, styles) for text in prompts]
         if not isinstance(values.get("negative_prompt", ""), str):
             raise SpoError(f"negative_prompt is {values['negative_prompt']!r}; it must be a text.")
-        values["negative_prompt"] = a1111.with_styles(values.get("negative_prompt", ""), styles, negative=True)
+        values["negative_prompt"] = webui.with_styles(values.get("negative_prompt", ""), styles, negative=True)
     if not prompts:
         raise SpoError("There are no prompts; write some, one a line, choose a file, or take the bundled list.")
     if not request.resume or "preference" in request.settings:
@@ -142,7 +143,7 @@ def prepare(request: TrainingRequest) -> Prepared:
         "prompts": str(folders.run_files(request.name).prompts),
         "output": str(path),
         "run_folder": str(folders.run_folder(request.name)),
-        "clip_skip": a1111.clip_skip(),
+        "clip_skip": webui.clip_skip(),
         "device": "auto",
         "precision": "auto",
         "vae": "",
@@ -161,12 +162,12 @@ def plan_text(request: TrainingRequest) -> str:
 
 def plan_memory(prepared: Prepared) -> str:
     """What the run needs of the card in each phase, after some seconds. SpoError when no checkpoint is loaded."""
-    checkpoint, card, config = a1111.loaded_checkpoint(), a1111.card(), prepared.config
-    if a1111.weights_in_float8():
+    checkpoint, card, config = webui.loaded_checkpoint(), webui.card(), prepared.config
+    if webui.weights_in_float8():
         config = replace(config, model=replace(config.model, weight_storage="float8"))
     text_gib = vae_gib = 0.0
     if not checkpoint.low_memory:
-        tensors = a1111.tensors_of(checkpoint)
+        tensors = webui.tensors_of(checkpoint)
         text_gib = _half_gib(tensors, ("cond_stage_model.", "conditioner."))
         vae_gib = _half_gib(tensors, ("first_stage_model.",))
     card_gib = None if card is None else card.total_gib
@@ -180,11 +181,11 @@ def _half_gib(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> float
 
 def plan_of(request: TrainingRequest) -> tuple[Prepared, Plan]:
     """The request, checked, and what the run will do. Raises SpoError as `prepare`."""
-    prepared, checkpoint = prepare(request), a1111.loaded_checkpoint()
+    prepared, checkpoint = prepare(request), webui.loaded_checkpoint()
     # from what is in memory, since the WebUI loads pickles that we would not open
     tensors = {
         name: TensorEntry(tuple(tensor.shape), _SAFETENSORS_DTYPES.get(tensor.dtype, "F32"))
-        for name, tensor in a1111.tensors_of(checkpoint).items()
+        for name, tensor in webui.tensors_of(checkpoint).items()
     }
     size_bytes = checkpoint.file.stat().st_size
     index = TensorFile(checkpoint.file, False, tensors, {}, size_bytes)
@@ -208,8 +209,8 @@ def start_training(request: TrainingRequest, *, in_line: bool = False) -> Job:
 
 def start_demo() -> Job:
     """Put the demo checkpoint into the WebUI, load it, and train on it. Raises SpoError for what cannot work."""
-    install_demo(a1111.models_folder(), a1111.checkpoint_folder())
-    a1111.refresh_checkpoints()
+    install_demo(webui.models_folder(), webui.checkpoint_folder())
+    webui.refresh_checkpoints()
     prompts = read_prompts(folders.BUNDLED_PROMPTS)
     short: dict[str, Any] = {"preference": BUNDLED, "steps": DEMO_UPDATES, "sample_every": 20, "save_every": 0}
     short |= {"sample_prompts": list(DEMO_SAMPLES), "validate_every": 20}
@@ -221,7 +222,7 @@ def start_demo() -> Job:
         nonlocal prepared
         if prepared is None:
             job.say("Loading the demo checkpoint ...")
-            a1111.load_checkpoint(DEMO_CHECKPOINT)
+            webui.load_checkpoint(DEMO_CHECKPOINT)
             prepared = prepare(request)
         _train(job, prepared, False)
 
@@ -270,7 +271,7 @@ def _train(job: Job, prepared: Prepared, resume: bool) -> None:
         job.show("Other pictures have their turn; training goes on afterwards.")
         return
     curves(report.files.metrics, report.files.curves)
-    a1111.refresh_loras()
+    webui.refresh_loras()
     _say_end(job, config, report)
 
 
@@ -313,7 +314,7 @@ def _watcher(job: Job, host: WebUIHost, preference: PreferenceModel) -> Watcher:
     return Watcher(
         progress=progress,
         should_stop=job.asked_to_stop,
-        make_way=a1111.others_wait,
+        make_way=webui.others_wait,
         sample_now=job.take_sample_wish,
         verdict=_PoolWatch(job, host, preference),
         log=job.say,
@@ -322,18 +323,18 @@ def _watcher(job: Job, host: WebUIHost, preference: PreferenceModel) -> Watcher:
 
 
 def _show_in_bar(job: Job) -> None:
-    a1111.show_progress(job.fraction, f"{job.shown_phase}, update {job.step}", job.eta_s)
+    webui.show_progress(job.fraction, f"{job.shown_phase}, update {job.step}", job.eta_s)
 
 
 def _saved(job: Job, host: WebUIHost, path: Path) -> None:
-    a1111.clear_interruption()  # or there would be no preview
+    webui.clear_interruption()  # or there would be no preview
     try:
         cards.write_card(host, path)
     except Exception as error:  # a LoRA without a preview is better than a run that ends for want of one
-        a1111.report(f"SPO: no card for {path.name}")
+        webui.report(f"SPO: no card for {path.name}")
         job.say(f"{path.name} has no preview picture ({type(error).__name__}).")
     cards.drop_cards_without_lora(RunFiles.of(host.config.run.output, host.config.run.run_folder))
-    a1111.refresh_loras()
+    webui.refresh_loras()
     job.say(f"Saved {folders.lora_name(path)}.")
 
 

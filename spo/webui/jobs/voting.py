@@ -40,9 +40,10 @@ from spo.rng import permutation, stable_seed
 from spo.training.live_taste import policy_name
 from spo.training.memory import free_memory, is_out_of_memory
 from spo.training.vote_pairs import make_pools
-from spo.webui import a1111, folders
+from spo.webui import folders
 from spo.webui.host import borrowed
 from spo.webui.jobs import job
+from spo.webui.seam import webui
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -231,12 +232,12 @@ class Session:
 
     def _report_failure(self, error: Exception) -> None:
         if not isinstance(error, SpoError):
-            a1111.report("SPO: making pictures to vote on failed")
+            webui.report("SPO: making pictures to vote on failed")
         self.message = f"{error} Voting has ended; the votes are on disk."
         self.ended = True
 
     def _make_pools(self, count: int) -> list[VotePool]:
-        with a1111.in_queue("SPO voting"):
+        with webui.in_queue("SPO voting"):
             if self.ended:
                 return []
             with borrowed(self.config) as host:
@@ -262,7 +263,7 @@ class Session:
         except SpoError as error:
             self.message = str(error)
         except Exception as error:  # the thread's edge: it reaches the user as the message, and voting goes on
-            a1111.report("SPO: fitting to the votes failed")
+            webui.report("SPO: fitting to the votes failed")
             self.message = (
                 f"Fitting to your votes failed ({type(error).__name__}: {error}); the votes are on disk, voting goes "
                 "on, and the details are in the WebUI's console."
@@ -312,7 +313,7 @@ def start(request: VotingRequest) -> Session:
         raise SpoError(f'"{run.name}" is still going on; stop it or wait for its end.')
     if _session is not None:
         _session.end()
-    checkpoint = a1111.loaded_checkpoint()
+    checkpoint = webui.loaded_checkpoint()
     _session = Session(replace(request, prompts=prompts), config, (checkpoint.name, checkpoint.hash), run)
     thread = threading.Thread(target=_session._work, name="spo voting", daemon=True)
     _threads[:] = [one for one in _threads if one.is_alive()] + [thread]
@@ -324,7 +325,7 @@ def _config(name: str, values: dict[str, Any]) -> Config:
     """Sampling settings on the loaded checkpoint; nothing is trained, so the rest is for form's sake."""
     checkpoint = job.ready_checkpoint()
     unused = {"prompts": name, "output": f"{name}.safetensors", "preference": "none"}
-    fixed = {"checkpoint": str(checkpoint.file), "clip_skip": a1111.clip_skip()}
+    fixed = {"checkpoint": str(checkpoint.file), "clip_skip": webui.clip_skip()}
     return build_config({**unused, **fixed, **values}, checkpoint.architecture)
 
 
@@ -353,7 +354,7 @@ def add_pictures(folder: str, prompt: str, left: Image, right: Image, answer: st
         raise SpoError("The pictures' prompt is missing; write it.")
     config = _config("own pictures", {"width": left.width, "height": left.height})
     pixels = torch.stack([_pixels(left), _pixels(right)])
-    with a1111.in_queue("SPO voting"), borrowed(config) as host:
+    with webui.in_queue("SPO voting"), borrowed(config) as host:
         latents = host.encode(pixels.to(host.device)).float().cpu()
         pair = VotePair(
             prompt.strip(), latents, pixels, 0, 0, -1, host.architecture, host.checkpoint_name, host.checkpoint_hash
@@ -389,7 +390,7 @@ def fit(folder: str, name: str, beside: Sequence[str] = ()) -> str:
 def fitted_on_device(votes: VoteSet, name: str = "taste", others: Sequence[HeldOutAccuracy] = ()) -> FittedTaste:
     """On the WebUI's device, beside whatever it does; on the CPU when the device has no room left for it."""
     try:
-        return fit_taste(votes, name=name, others=others, device=a1111.device())
+        return fit_taste(votes, name=name, others=others, device=webui.device())
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

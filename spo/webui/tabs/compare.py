@@ -10,9 +10,10 @@ import gradio as gr
 
 from spo.errors import SpoError
 from spo.preference.load import BUNDLED, BUNDLED_FILES
-from spo.webui import a1111, folders
+from spo.webui import folders
 from spo.webui.jobs import job
 from spo.webui.jobs.comparison import CompareRequest, start_comparison
+from spo.webui.seam import webui
 from spo.webui.tabs import page, watch
 
 _NO_SCORES = "none"
@@ -37,7 +38,7 @@ def build() -> CompareTab:
                 loras = gr.Dropdown(
                     folders.lora_names(), label="LoRAs and stages", multiselect=True, elem_id="spo_compare_loras"
                 )
-                a1111.refresh_button(loras, folders.lora_names, "spo_compare_refresh")
+                webui.refresh_button(loras, folders.lora_names, "spo_compare_refresh")
             prompts = gr.Textbox(
                 label="Prompts to compare on, one a line", lines=4, max_lines=12, elem_id="spo_compare_prompts"
             )
@@ -61,7 +62,7 @@ def build() -> CompareTab:
                     elem_id="spo_compare_preference",
                 )
                 sampler = gr.Dropdown(
-                    a1111.sampler_names(),
+                    webui.sampler_names(),
                     value="Euler a",
                     label="Sampling method",
                     elem_id="spo_compare_sampler",

@@ -12,8 +12,9 @@ from spo.config import PRESETS, Setting, settings
 from spo.errors import SpoError
 from spo.lora.adapter import MODULE_KINDS
 from spo.presets import CARDS, NAMED, preset
-from spo.webui import a1111, folders
+from spo.webui import folders
 from spo.webui.jobs.training import HOST_OWNED
+from spo.webui.seam import webui
 
 # above "Advanced", by the tab itself
 _IN_FRONT = {"preference", "steps"}
@@ -250,19 +251,19 @@ def read(fields: Sequence[Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------- preset, memory and strength
 
 
-def preset_labels(loaded: a1111.Glance) -> list[str]:
+def preset_labels(loaded: webui.Glance) -> list[str]:
     """Labels of the presets that suit the loaded checkpoint; those for cards are the choice of memory."""
     return [one.label for one in NAMED.values() if one.name not in CARDS and suits(one.name, loaded)]
 
 
-def suits(name: str, loaded: a1111.Glance) -> bool:
+def suits(name: str, loaded: webui.Glance) -> bool:
     """Whether a preset is for the loaded checkpoint."""
     if name == "demo":
         return loaded.file_name == folders.DEMO_CHECKPOINT
     return name in NAMED and NAMED[name].architecture in ("", loaded.architecture or "sd15")
 
 
-def usual_preset(now: str, loaded: a1111.Glance) -> str:
+def usual_preset(now: str, loaded: webui.Glance) -> str:
     """The preset for the loaded checkpoint: `now`, if it suits that."""
     if loaded.file_name == folders.DEMO_CHECKPOINT:
         return "demo"
@@ -272,14 +273,14 @@ def usual_preset(now: str, loaded: a1111.Glance) -> str:
 MEMORY = {"": "As the preset says", **{name: NAMED[name].label for name in CARDS}}
 
 
-def usual_memory(card: a1111.Card | None) -> str:
+def usual_memory(card: webui.Card | None) -> str:
     """The memory preset for a card: the largest that leaves it room; "" for a larger card, and for none."""
     if card is None or card.total_gib > 30:
         return ""
     return "24gb" if card.total_gib > 20 else "12gb" if card.total_gib > 10 else "8gb"
 
 
-def memory_hint(card: a1111.Card | None) -> str:
+def memory_hint(card: webui.Card | None) -> str:
     """What the memory choice was made by."""
     if card is None:
         return "Found: no CUDA card."

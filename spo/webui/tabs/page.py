@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spo.errors import SpoError
-from spo.webui import a1111, folders
+from spo.webui import folders
 from spo.webui.jobs.job import Job, PoolPictures
 from spo.webui.jobs.probe import words
+from spo.webui.seam import webui
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -145,7 +146,7 @@ def _page_of(job: Job) -> str:
     """Where a comparison's page with its pictures is: a link where the WebUI serves the file, else its path."""
     if job.page is None:
         return ""
-    link, path = a1111.link_to(job.page), html.escape(folders.placeless(str(job.page)))
+    link, path = webui.link_to(job.page), html.escape(folders.placeless(str(job.page)))
     if not link:
         return f'<p class="spo-small">{path}</p>'
     address = html.escape(link)

@@ -7,9 +7,10 @@ from typing import Any
 import gradio as gr
 
 from spo.errors import SpoError
-from spo.webui import a1111, folders, runs
+from spo.webui import folders, runs
 from spo.webui.jobs import job
 from spo.webui.jobs.training import TrainingRequest, start_training
+from spo.webui.seam import webui
 from spo.webui.tabs import page
 
 
@@ -19,7 +20,7 @@ def build() -> list[Any]:
         with gr.Column(scale=2, min_width=320):
             with gr.Row():
                 chosen = gr.Dropdown(folders.run_names(), label="Run", elem_id="spo_run")
-                a1111.refresh_button(chosen, folders.run_names, "spo_run_refresh")
+                webui.refresh_button(chosen, folders.run_names, "spo_run_refresh")
             with gr.Row():
                 steps = gr.Number(0, precision=0, label="Updates in all", info="0: as before.", elem_id="spo_run_steps")
                 resume = gr.Button("Resume", variant="primary", elem_id="spo_resume")

@@ -12,11 +12,12 @@ import gradio as gr
 from spo.errors import SpoError
 from spo.presets import NAMED
 from spo.prompts import read_prompts
-from spo.webui import a1111, folders, saved_settings
+from spo.webui import folders, saved_settings
 from spo.webui.jobs import fetching, job
 from spo.webui.jobs.probe import time_text
 from spo.webui.jobs.training import TrainingRequest, plan_memory, plan_of, plan_text, start_demo, start_training
 from spo.webui.packages import missing, missing_text
+from spo.webui.seam import webui
 from spo.webui.tabs import form, page, watch
 
 _NEW_HERE = (
@@ -48,7 +49,7 @@ class TrainTab:
 
 def build() -> TrainTab:
     """The tab's contents; call inside its TabItem."""
-    loaded, card = a1111.glance(), a1111.card()
+    loaded, card = webui.glance(), webui.card()
     filling = form.Filling(form.usual_preset("", loaded), loaded.architecture or "sd15", memory=form.usual_memory(card))
     values = form.preset_values(filling.preset, filling.architecture, filling.memory)
     shown = dict(zip(form.names(), values, strict=True))
@@ -82,7 +83,7 @@ def build() -> TrainTab:
                     info="What says which picture is better: files in models/SPO.",
                     elem_id="spo_preference",
                 )
-                a1111.refresh_button(preference, folders.preference_choices, "spo_preference_refresh")
+                webui.refresh_button(preference, folders.preference_choices, "spo_preference_refresh")
             about_preference = gr.HTML("", elem_id="spo_preference_text")
             prompts = gr.Textbox(
                 label="Prompts, one a line",
@@ -122,7 +123,7 @@ def build() -> TrainTab:
                     with gr.TabItem(title, elem_id=f"spo_group_{title.lower()}"):
                         if title == "Sampling":
                             styles = gr.Dropdown(
-                                a1111.style_names(),
+                                webui.style_names(),
                                 label="Styles",
                                 info="The WebUI's styles, put on every prompt.",
                                 multiselect=True,
@@ -137,7 +138,7 @@ def build() -> TrainTab:
                         info="What you saved, and those of earlier runs.",
                         elem_id="spo_settings_load",
                     )
-                    a1111.refresh_button(saved, saved_settings.names, "spo_settings_refresh")
+                    webui.refresh_button(saved, saved_settings.names, "spo_settings_refresh")
                 with gr.Row():
                     saved_name = gr.Textbox(label="Save settings as", max_lines=1, elem_id="spo_settings_name")
                     save = gr.Button("Save settings", size="sm", elem_id="spo_settings_save")
@@ -210,7 +211,7 @@ def build() -> TrainTab:
 
 def read_lists(preference: str | None) -> list[Any]:
     """`TrainTab.lists` as they are now; with no preference model chosen yet, the usual one."""
-    loaded = a1111.glance()
+    loaded = webui.glance()
     usual = preference or folders.usual_preference(loaded.architecture or "sd15", loaded.file_name) or None
     return [
         gr.update(visible=not folders.run_names()),
@@ -271,7 +272,7 @@ def _clear_line() -> str:
 
 
 def _no_preference() -> str:
-    loaded = a1111.glance()
+    loaded = webui.glance()
     kind = "SDXL" if loaded.architecture == "sdxl" else "SD1.5"
     return (
         f"<p><b>A preference model is needed.</b> There is none for {kind} in models/SPO yet. Download the one that "
@@ -320,7 +321,7 @@ def _sample() -> str:
 
 def _choose(label: str, memory_label: str, filled: str, *values: Any) -> list[Any]:
     """The fields as the chosen preset and memory have them; what is no matter of presets stays as it is."""
-    before, loaded = form.Filling.of(filled), a1111.glance()
+    before, loaded = form.Filling.of(filled), webui.glance()
     name = next(one.name for one in NAMED.values() if one.label == label)
     memory = next((key for key, text in form.MEMORY.items() if text == memory_label), "")
     after = form.Filling(name, loaded.architecture or before.architecture, loaded.file_name, memory)
@@ -343,8 +344,8 @@ def _strength_of(rate: Any, filled: str) -> str | None:
 
 def _hello(filled: str, *values: Any) -> list[Any]:
     """What a page shows that was just opened, or whose checkpoint changed: what suits it."""
-    before, loaded = form.Filling.of(filled), a1111.glance()
-    styles = gr.update(choices=a1111.style_names())
+    before, loaded = form.Filling.of(filled), webui.glance()
+    styles = gr.update(choices=webui.style_names())
     choices, labels = folders.preference_choices(), form.preset_labels(loaded)
     if not loaded.file_name or (loaded.architecture, loaded.file_name) == (before.architecture, before.file_name):
         rest = [gr.update()] * (len(form.names()) - 1)
@@ -367,7 +368,7 @@ def _hello(filled: str, *values: Any) -> list[Any]:
 
 
 def _about_preference(name: str | None) -> str:
-    return page.small(folders.preference_text(str(name or ""), a1111.glance().architecture or "sd15"))
+    return page.small(folders.preference_text(str(name or ""), webui.glance().architecture or "sd15"))
 
 
 def _prompts_of_file(file: Any) -> tuple[Any, str]:

@@ -14,8 +14,9 @@ import gradio as gr
 from spo.errors import SpoError
 from spo.preference.taste.vote_zip import export_votes, import_votes
 from spo.preference.taste.votes import Vote, VoteFolder, VotePool
-from spo.webui import a1111, folders
+from spo.webui import folders
 from spo.webui.jobs import clip_training, voting
+from spo.webui.seam import webui
 from spo.webui.tabs import page
 
 _SAME, _OTHER = "Same seed, other noise from a step on", "Different seeds"
@@ -333,7 +334,7 @@ def _fit(folder: str, name: str, beside: list[str] | None) -> str:
 
 def _prompt_of(picture: Any, written: str) -> str:
     """The prompt in a picture's infotext, unless one is written already."""
-    return written if picture is None or written else a1111.prompt_of_picture(picture)
+    return written if picture is None or written else webui.prompt_of_picture(picture)
 
 
 def _own(answer: str) -> Callable[..., str]:

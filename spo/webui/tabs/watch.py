@@ -9,8 +9,9 @@ from typing import Any
 
 import gradio as gr
 
-from spo.webui import a1111, folders
+from spo.webui import folders
 from spo.webui.jobs import fetching, job
+from spo.webui.seam import webui
 from spo.webui.tabs import page
 
 
@@ -81,7 +82,7 @@ def _status(shown: job.Job | None) -> str:
     """The status with what the page's script watches besides: whether lists are to be read anew, and the checkpoint."""
     fetched = fetching.current()
     live = int(fetched is not None and fetched.live)
-    run, title = job.latest("training"), a1111.chosen_title()
+    run, title = job.latest("training"), webui.chosen_title()
     return page.status(shown, run, job.in_line(), download=live, lists=lists_key(), checkpoint=title)
 
 

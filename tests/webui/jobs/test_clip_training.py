@@ -10,7 +10,7 @@ import pytest
 
 from spo.errors import SpoError
 from spo.training.clip import ClipTraining
-from spo.webui import a1111
+from spo.webui import seam
 from spo.webui.jobs import clip_training
 from tests.preference.clip.test_pair_data import write_folder
 from tests.preference.clip.test_scores import save_folder, transformers_clip
@@ -32,7 +32,7 @@ in_webui = pytest.mark.skipif(not os.environ.get("SPO_WEBUI_DIR"), reason="SPO_W
     ],
 )
 def test_what_cannot_fit_the_card_is_refused_with_what_would_help(no_webui, monkeypatch, settings, advice):
-    monkeypatch.setattr(a1111, "card", lambda: a1111.Card("the card", 12.0))
+    monkeypatch.setattr(seam.webui, "card", lambda: seam.webui.Card("the card", 12.0))
     asked = ClipTraining(output=Path("mine.safetensors"), **settings)
     clip_training._check_memory(9 * 2**30, asked)
     with pytest.raises(SpoError, match=rf"takes 21\.0 GB and some 3 GB .* the card has 12: {advice}"):

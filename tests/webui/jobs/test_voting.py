@@ -16,7 +16,7 @@ from spo.config import build_config
 from spo.errors import SpoError
 from spo.preference.taste.votes import VoteFolder, VotePool, pair_id
 from spo.preference.taste.waiting import WaitingPools
-from spo.webui import a1111, folders
+from spo.webui import folders, seam
 from spo.webui.jobs import job, voting
 from tests.webui import stand_in
 from tests.webui import test_host as host
@@ -99,9 +99,9 @@ def test_what_waits_on_disk_is_voted_on_in_the_next_session(no_webui, monkeypatc
 
 def test_starting_and_ending_do_not_wait_for_the_queue(no_webui, monkeypatch):
     """Somebody's generation holds the lock all the time."""
-    checkpoint = a1111.Checkpoint(None, None, "dream", "0" * 10, Path("dream.safetensors"), "sd15", "epsilon", "")
+    checkpoint = seam.webui.Checkpoint(None, None, "dream", "0" * 10, Path("dream.safetensors"), "sd15", "epsilon", "")
     monkeypatch.setattr(job, "ready_checkpoint", lambda: checkpoint)
-    monkeypatch.setattr(a1111, "loaded_checkpoint", lambda: checkpoint)
+    monkeypatch.setattr(seam.webui, "loaded_checkpoint", lambda: checkpoint)
     with no_webui.call_queue.queue_lock:
         for _ in range(2):
             session = voting.start(voting.VotingRequest("mine", [" a fox ", ""], size=4, width=64, height=64))
@@ -214,9 +214,9 @@ def test_a_run_that_follows_the_votes_makes_the_pictures(no_webui, monkeypatch):
 
 
 def test_voting_beside_a_run_of_other_votes_waits_for_its_end(no_webui, monkeypatch):
-    checkpoint = a1111.Checkpoint(None, None, "dream", "0" * 10, Path("dream.safetensors"), "sd15", "epsilon", "")
+    checkpoint = seam.webui.Checkpoint(None, None, "dream", "0" * 10, Path("dream.safetensors"), "sd15", "epsilon", "")
     monkeypatch.setattr(job, "ready_checkpoint", lambda: checkpoint)
-    monkeypatch.setattr(a1111, "loaded_checkpoint", lambda: checkpoint)
+    monkeypatch.setattr(seam.webui, "loaded_checkpoint", lambda: checkpoint)
     run = job.Job("training", "mine", "spo")
     run.phase, run.live_votes = "working", str(voting.votes_folder("others"))
     monkeypatch.setattr(job, "current", lambda: run)

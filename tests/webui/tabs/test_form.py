@@ -15,7 +15,7 @@ from spo import config  # noqa: E402
 from spo.cli import main  # noqa: E402
 from spo.cli.settings_flags import given_values  # noqa: E402
 from spo.presets import CARDS, NAMED, preset  # noqa: E402
-from spo.webui import a1111  # noqa: E402
+from spo.webui import seam  # noqa: E402
 from spo.webui.api import bodies, routes  # noqa: E402
 from spo.webui.jobs import job, training  # noqa: E402
 from spo.webui.tabs import form  # noqa: E402
@@ -163,7 +163,7 @@ def test_strength_is_the_learning_rate(no_webui):
     ("gib", "usual"), [(None, ""), (6, "8gb"), (8, "8gb"), (12, "12gb"), (16, "12gb"), (23.6, "24gb"), (48, "")]
 )
 def test_the_memory_choice_follows_the_card(gib, usual):
-    assert form.usual_memory(a1111.Card("a card", gib) if gib else None) == usual
+    assert form.usual_memory(seam.webui.Card("a card", gib) if gib else None) == usual
 
 
 def test_what_is_filled_in_is_read_back(no_webui):

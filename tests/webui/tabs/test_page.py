@@ -8,7 +8,7 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
-from spo.webui import a1111, folders
+from spo.webui import folders, seam
 from spo.webui.jobs.job import Example, Job, PoolPictures
 from spo.webui.tabs import page
 from tests.webui import stand_in
@@ -108,7 +108,7 @@ def test_a_comparisons_page_is_a_link_where_the_webui_serves_it(webui, monkeypat
     text = page.part("table", done, "2")
     assert f'href="file={quote((tmp_path / "out").as_posix())}/spo%20a%26b.html"' in text
     assert "Open the page with all pictures" in text and "spo a&amp;b.html</p>" in text
-    monkeypatch.setattr(a1111, "link_to", lambda file: "")
+    monkeypatch.setattr(seam.webui, "link_to", lambda file: "")
     assert "href" not in page.part("table", done, "3")
 
 

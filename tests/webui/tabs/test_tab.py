@@ -10,7 +10,7 @@ import pytest
 
 gr = pytest.importorskip("gradio")
 
-from spo.webui import a1111  # noqa: E402
+from spo.webui import seam  # noqa: E402
 from spo.webui.tabs import tab  # noqa: E402
 from tests.webui import stand_in  # noqa: E402
 from tests.webui import test_host as host  # noqa: E402
@@ -21,8 +21,8 @@ in_webui = pytest.mark.skipif(not os.environ.get("SPO_WEBUI_DIR"), reason="SPO_W
 
 
 def test_every_field_has_a_label_of_its_own(no_webui, monkeypatch):
-    monkeypatch.setattr(a1111, "refresh_button", lambda *given: None)
-    monkeypatch.setattr(a1111, "sampler_names", lambda: ["Euler a"])
+    monkeypatch.setattr(seam.webui, "refresh_button", lambda *given: None)
+    monkeypatch.setattr(seam.webui, "sampler_names", lambda: ["Euler a"])
     ((block, title, elem_id),) = tab.tabs()
     assert (title, elem_id) == ("SPO", "spo")
     fields = [component for component in block.blocks.values() if isinstance(component, gr.components.FormComponent)]

@@ -14,7 +14,7 @@ import pytest
 
 gr = pytest.importorskip("gradio")
 
-from spo.webui import a1111, taste  # noqa: E402
+from spo.webui import seam, taste  # noqa: E402
 from spo.webui.jobs import voting  # noqa: E402
 from spo.webui.tabs import tab, texts  # noqa: E402
 from tests.webui import stand_in  # noqa: E402
@@ -28,14 +28,14 @@ LANGUAGES = sorted((ROOT / "localizations").glob("*.json"))
 @pytest.fixture
 def page_texts(webui, monkeypatch):
     """The texts of the whole tab, of the script in txt2img and img2img, and of the WebUI's settings page."""
-    monkeypatch.setattr(a1111, "refresh_button", lambda *given: None)
-    monkeypatch.setattr(a1111, "sampler_names", lambda: ["Euler a"])
+    monkeypatch.setattr(seam.webui, "refresh_button", lambda *given: None)
+    monkeypatch.setattr(seam.webui, "sampler_names", lambda: ["Euler a"])
     monkeypatch.setattr(voting, "_session", None)  # a page as it is at first, whatever other tests left
     ((block, _, _),) = tab.tabs()
     with gr.Blocks() as script:
         taste.build(False)
         taste.build(True)
-    return [*sorted({*texts.texts(block), *texts.texts(script)}), a1111.TURNS_TEXT]
+    return [*sorted({*texts.texts(block), *texts.texts(script)}), seam.webui.TURNS_TEXT]
 
 
 def test_the_template_has_every_text(page_texts):

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("gradio")
 
-from spo.webui import a1111, folders
+from spo.webui import folders, seam
 from spo.webui.jobs import job, training
 from spo.webui.jobs.job import Job
 from spo.webui.tabs import form
@@ -30,7 +30,7 @@ webui = stand_in.webui
     ],
 )
 def test_the_preset_follows_the_checkpoint(now, architecture, file_name, usual):
-    assert form.usual_preset(now, a1111.Glance(architecture, file_name)) == usual
+    assert form.usual_preset(now, seam.webui.Glance(architecture, file_name)) == usual
 
 
 def test_fields_become_a_request_with_the_users_edits_alone():
@@ -95,13 +95,13 @@ def test_the_demo_is_one_click(webui, monkeypatch):
     """Installed, loaded, and trained on, with its prompts in the field."""
     loaded, trained = [], []
     webui.shared.cmd_opts.ckpt_dir = ""
-    monkeypatch.setattr(a1111, "refresh_checkpoints", lambda: None)
-    monkeypatch.setattr(a1111, "load_checkpoint", loaded.append)
+    monkeypatch.setattr(seam.webui, "refresh_checkpoints", lambda: None)
+    monkeypatch.setattr(seam.webui, "load_checkpoint", loaded.append)
     monkeypatch.setattr(training, "_train", lambda job, prepared, resume: trained.append(prepared))
     said, box, prompts = train_tab._try_demo()
     job._thread.join(10)
     assert (said, box["visible"], loaded) == ("", False, ["spo-demo.safetensors"])
-    assert (a1111.models_folder() / "Stable-diffusion" / "spo-demo.safetensors").exists()
+    assert (seam.webui.models_folder() / "Stable-diffusion" / "spo-demo.safetensors").exists()
     (prepared,) = trained
     assert prepared.prompts == prompts.splitlines()
     assert (prepared.config.optimizer.steps, prepared.config.preference.preference) == (60, "demo")
