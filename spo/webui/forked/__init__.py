@@ -1,0 +1,20 @@
+"""What WebUIs of the Forge kind do to a network otherwise than AUTOMATIC1111's, and how it is trained all the same.
+
+For the seam's folders of such WebUIs alone; torch only, so that it is tried without one. They load and sample under
+`inference_mode`, whose tensors autograd refuses; some of them have a Linear of their own and blocks that add in place;
+and they merge LoRAs into the weights by the names of modules, among which an adapter of ours would stand in the way.
+"""
+
+from spo.webui.forked.inference import ordinary, ordinary_weights, outside_inference
+from spo.webui.forked.layers import adding_in_place, linear_for_peft
+from spo.webui.forked.patching import adapters_aside, plain_names_in
+
+__all__ = [
+    "adapters_aside",
+    "adding_in_place",
+    "linear_for_peft",
+    "ordinary",
+    "ordinary_weights",
+    "outside_inference",
+    "plain_names_in",
+]
