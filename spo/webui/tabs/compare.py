@@ -15,6 +15,7 @@ from spo.webui.jobs import job
 from spo.webui.jobs.comparison import CompareRequest, start_comparison
 from spo.webui.seam import webui
 from spo.webui.tabs import page, watch
+from spo.webui.tabs.gradio_versions import script
 
 _NO_SCORES = "none"
 T = TypeVar("T", int, float)
@@ -92,8 +93,8 @@ def build() -> CompareTab:
 
     asked = [prompts, loras, weights, seeds, preference, negative, sampler, steps, guidance, width, height]
     asked += [judges, seeds_each]
-    start.click(_start, asked, [said]).then(None, [], [], _js="spo_refresh_now")
-    stop.click(_stop, [], [said], queue=False).then(None, [], [], _js="spo_refresh_now")
+    start.click(_start, asked, [said]).then(None, [], [], **script("spo_refresh_now"))
+    stop.click(_stop, [], [said], queue=False).then(None, [], [], **script("spo_refresh_now"))
     return CompareTab(area, asked, said, [loras, preference, judges])
 
 

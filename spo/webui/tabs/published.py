@@ -8,6 +8,7 @@ import gradio as gr
 
 from spo.webui.jobs import fetching
 from spo.webui.tabs import page
+from spo.webui.tabs.gradio_versions import script
 
 _ABOUT = (
     "<p>What the paper's authors published for the loaded checkpoint's kind: 5.2 GB, and 2.6 GB for its half-precision "
@@ -22,8 +23,8 @@ def build() -> tuple[Any, Any]:
     said = gr.HTML(elem_id="spo_fetch_said")
     line = gr.HTML("", elem_id="spo_fetch_line")
     stop = gr.Button("Stop this download", size="sm", visible=False, elem_id="spo_fetch_stop")
-    fetch.click(page.with_errors(_fetch), [], [said]).then(None, [], [], _js="spo_refresh_now")
-    stop.click(page.with_errors(_stop), [], [said], queue=False).then(None, [], [], _js="spo_refresh_now")
+    fetch.click(page.with_errors(_fetch), [], [said]).then(None, [], [], **script("spo_refresh_now"))
+    stop.click(page.with_errors(_stop), [], [said], queue=False).then(None, [], [], **script("spo_refresh_now"))
     return line, stop
 
 

@@ -12,6 +12,7 @@ from spo.webui.jobs import job
 from spo.webui.jobs.training import TrainingRequest, start_training
 from spo.webui.seam import webui
 from spo.webui.tabs import page
+from spo.webui.tabs.gradio_versions import script
 
 
 def build() -> list[Any]:
@@ -38,8 +39,8 @@ def build() -> list[Any]:
             facts = gr.HTML(elem_id="spo_run_facts")
     chosen.change(_show, [chosen], [facts])
     follow = "(...given) => { setTimeout(spo_follow, 1000); return given; }"
-    resume.click(_resume, [chosen, steps, other], [said], _js=follow)
-    delete.click(_delete, [chosen, files_too], [said, chosen], _js="spo_confirm_delete")
+    resume.click(_resume, [chosen, steps, other], [said], **script(follow))
+    delete.click(_delete, [chosen, files_too], [said, chosen], **script("spo_confirm_delete"))
     return [chosen]
 
 

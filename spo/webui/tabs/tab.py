@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from spo.webui.tabs import compare, published, runs, train, vote, watch
+from spo.webui.tabs.gradio_versions import script
 
 
 def tabs() -> list[tuple[Any, str, str]]:
@@ -33,11 +34,11 @@ def tabs() -> list[tuple[Any, str, str]]:
         fields = [*training.lists, *preference.lists, *comparison.lists, *earlier]
         lists.click(_read_lists, [training.preference], fields, queue=False, show_progress="hidden")
         fields = [comparison.said, *comparison.asked]
-        training.compare.click(compare.compare_last, [], fields, _js="spo_to_compare").then(
-            None, [], [], _js="spo_refresh_now"
+        training.compare.click(compare.compare_last, [], fields, **script("spo_to_compare")).then(
+            None, [], [], **script("spo_refresh_now")
         )
         fields = [training.prompts, preference.prompts]
-        training.vote.click(vote.take_prompts, fields, [preference.prompts], _js="spo_to_vote")
+        training.vote.click(vote.take_prompts, fields, [preference.prompts], **script("spo_to_vote"))
     for component in block.blocks.values():
         # the WebUI keeps values by label in ui-config.json, where computed ones would freeze; ours are saved settings
         component.do_not_save_to_config = True

@@ -19,6 +19,7 @@ from spo.webui.jobs.training import TrainingRequest, plan_memory, plan_of, plan_
 from spo.webui.packages import missing, missing_text
 from spo.webui.seam import webui
 from spo.webui.tabs import form, page, watch
+from spo.webui.tabs.gradio_versions import script
 
 _NEW_HERE = (
     "<h3>New here?</h3><p>A small demo checkpoint comes with SPO. One click installs it, loads it and trains a LoRA on "
@@ -170,8 +171,10 @@ def build() -> TrainTab:
     asked = [filled, name, prompts, styles, *values]
     rate = fields["learning_rate"]
 
-    demo.click(_try_demo, [], [plan, newcomer, prompts], _js="spo_try_demo").then(None, [], [], _js="spo_refresh_now")
-    hide.click(None, [], [], _js="spo_hide_newcomer")
+    demo.click(_try_demo, [], [plan, newcomer, prompts], **script("spo_try_demo")).then(
+        None, [], [], **script("spo_refresh_now")
+    )
+    hide.click(None, [], [], **script("spo_hide_newcomer"))
     chosen.input(_choose, [chosen, memory, filled, *values], [chosen, strength, filled, *values])
     memory.input(_choose, [chosen, memory, filled, *values], [chosen, strength, filled, *values])
     strength.input(_choose_strength, [strength, filled], [rate])
@@ -181,17 +184,17 @@ def build() -> TrainTab:
     bundled.click(folders.bundled_prompts, [], [prompts])
     checked = check.click(page.with_errors(_check), asked, [plan])
     checked.then(page.with_errors(_time), [plan, *asked], [plan], show_progress="hidden")
-    start.click(_start, asked, [plan, lacking, lacking_text]).then(None, [], [], _js="spo_refresh_now")
-    fetch.click(_fetch, [], [plan, lacking]).then(None, [], [], _js="spo_refresh_now")
+    start.click(_start, asked, [plan, lacking, lacking_text]).then(None, [], [], **script("spo_refresh_now"))
+    fetch.click(_fetch, [], [plan, lacking]).then(None, [], [], **script("spo_refresh_now"))
     stop_fetch.click(page.with_errors(_stop_fetching), [], [plan], queue=False).then(
-        None, [], [], _js="spo_refresh_now"
+        None, [], [], **script("spo_refresh_now")
     )
     for how, button in (("save", stop_save), ("now", stop_now)):
         stopped = button.click(page.with_errors(_stop(how)), [], [plan], queue=False)
-        stopped.then(None, [], [], _js="spo_refresh_now")
+        stopped.then(None, [], [], **script("spo_refresh_now"))
     sample.click(_sample, [], [plan], queue=False)
     clear.click(_clear_line, [], [plan], queue=False)
-    send.click(None, [], [], _js="spo_send_to_txt2img")
+    send.click(None, [], [], **script("spo_send_to_txt2img"))
     save.click(_save_settings, [saved_name, *values], [plan, saved])
     saved.change(_load_settings, [saved], [plan, *values])
     follows = [styles, chosen, strength, filled, preference, *[field for field in values if field is not preference]]

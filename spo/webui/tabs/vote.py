@@ -18,6 +18,7 @@ from spo.webui import folders
 from spo.webui.jobs import clip_training, voting
 from spo.webui.seam import webui
 from spo.webui.tabs import page
+from spo.webui.tabs.gradio_versions import script, uploads_only
 
 _SAME, _OTHER = "Same seed, other noise from a step on", "Different seeds"
 _SIZES = {"Two: which is better": 2, "Four: the best, then the worst": 4}
@@ -104,7 +105,7 @@ def build() -> PreferenceTab:
             with gr.Accordion("Two pictures of your own", open=False):
                 with gr.Row():
                     own = [
-                        gr.Image(label=side, type="pil", source="upload", height=240, elem_id=f"spo_vote_own_{side}")
+                        gr.Image(label=side, type="pil", **uploads_only(), height=240, elem_id=f"spo_vote_own_{side}")
                         for side in ("left", "right")
                     ]
                 own_prompt = gr.Textbox(label="Their prompt", lines=1, elem_id="spo_vote_own_prompt")
@@ -167,9 +168,9 @@ def build() -> PreferenceTab:
     asked = [folder, prompts, negative, size, ahead, how, step, steps, guidance, width, height]
     start.click(_start, asked, [pair, said], queue=False)
     stop.click(_end, [], [pair], queue=False)
-    choose.click(_choose, [seen, chosen], [pair], _js="spo_vote_chosen", show_progress="hidden")
+    choose.click(_choose, [seen, chosen], [pair], **script("spo_vote_chosen"), show_progress="hidden")
     for given, button in buttons.items():
-        button.click(_vote(given), [seen], [pair], _js="spo_vote_seen", show_progress="hidden")
+        button.click(_vote(given), [seen], [pair], **script("spo_vote_seen"), show_progress="hidden")
     undo.click(page.with_errors(_undo), [], [pair], show_progress="hidden")
     refresh.click(_shown, [], [pair], queue=False, show_progress="hidden")
     fit.click(page.with_errors(_fit), [folder, name, beside], [fitted])
@@ -178,12 +179,12 @@ def build() -> PreferenceTab:
     for given, button in own_buttons.items():
         button.click(page.with_errors(_own(given)), [folder, own_prompt, *own], [own_said])
     look.click(_newest, [folder], [wall])
-    older.click(_older, [folder, seen], [wall], _js="spo_vote_oldest")
-    change.click(_change, [folder, seen, chosen], [wall, said], _js="spo_vote_changed", show_progress="hidden")
+    older.click(_older, [folder, seen], [wall], **script("spo_vote_oldest"))
+    change.click(_change, [folder, seen, chosen], [wall, said], **script("spo_vote_changed"), show_progress="hidden")
     clip_asked = [clip_name, pairs, begin, labels, updates, at_once, sums, rate, side, train_text, small_moments]
     for button, resume in ((clip_start, False), (clip_resume, True)):
         begun = button.click(page.with_errors(_clip(resume)), clip_asked, [clip_said])
-        begun.then(None, [], [], _js="() => spo_refresh_now()")
+        begun.then(None, [], [], **script("() => spo_refresh_now()"))
     export.click(_export, [folder], [exported, said])
     upload.upload(page.with_errors(_import), [folder, upload], [said])
     return PreferenceTab(prompts, [beside, begin, labels])
