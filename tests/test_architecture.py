@@ -18,7 +18,7 @@ MODULES = {
 }
 OURS = {name: path for name, path in MODULES.items() if name.startswith("spo")}
 TORCH_ONLY = {"spo.algorithm.diffusion", "spo.algorithm.pairs", "spo.algorithm.objective"}
-WEBUI_ONLY = {"modules", "gradio", "fastapi", "starlette", "ldm", "sgm", "k_diffusion"}
+WEBUI_ONLY = {"modules", "gradio", "fastapi", "starlette", "ldm", "sgm", "k_diffusion", "backend", "modules_forge"}
 
 # packages that may be imported inside functions, and why
 IMPORTED_LATE = {
@@ -42,6 +42,8 @@ IMPORTED_LATE = {
     "k_diffusion": "the same",
     "ldm": "the same",
     "sgm": "the same",
+    "backend": "of Forge: the same",
+    "modules_forge": "the same",
     "gradio": "the same",
     "fastapi": "the same",
     "starlette": "the same",
@@ -51,7 +53,8 @@ IMPORTED_LATE = {
 UNTESTED_ALONE = {
     "spo.__main__": "tests/cli/test_train.py starts it",
 }
-SEAM = "spo.webui.a1111."  # its files are one surface, tried as one in a real WebUI by tests/webui/test_a1111.py
+# each one's files are one surface, tried as one in a real WebUI by tests/webui/test_a1111.py and others
+SEAM = ("spo.webui.a1111.", "spo.webui.forge.")
 
 
 def imports(path: Path, *, everywhere: bool = True) -> set[str]:

@@ -9,6 +9,12 @@ knows where it runs. Outside every WebUI it is A1111's, whose folder imports whe
 
 from __future__ import annotations
 
-from spo.webui import a1111 as webui
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING or find_spec("modules_forge") is None or find_spec("backend") is None:
+    from spo.webui import a1111 as webui
+else:  # Forge, and Forge Classic's branch neo
+    from spo.webui import forge as webui
 
 __all__ = ["webui"]

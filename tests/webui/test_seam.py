@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from spo.webui import a1111, seam
+import pytest
+
+from spo.webui import a1111, forge, seam
 
 
 def test_outside_every_webui_it_is_a1111s():
     assert seam.webui is a1111
 
 
-def test_what_is_named_is_there():
-    assert len(set(seam.webui.__all__)) == len(seam.webui.__all__) > 70
-    assert all(hasattr(seam.webui, name) for name in seam.webui.__all__)
+@pytest.mark.parametrize("kind", [a1111, forge])
+def test_each_kind_has_the_same_names(kind):
+    assert kind.__all__ == a1111.__all__
+    assert len(set(kind.__all__)) == len(kind.__all__) > 70
+    assert all(hasattr(kind, name) for name in kind.__all__)

@@ -9,7 +9,7 @@ asked for; here they end the generation and reach the user.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +80,20 @@ ChangeOf = Callable[[SamplerPass, Sequence[Any]], "LoopChange | None"]  # see `s
 
 
 @dataclass(frozen=True)
+class Ways:
+    """What WebUIs do each in their way.
+
+    architecture    the WebUI's model -> "sd15", "sdxl", or "" for another
+    alphas_cumprod  the WebUI's model -> [1000] its training schedule
+    shifted         see `predictions_shifted`
+    """
+
+    architecture: Callable[[Any], str]
+    alphas_cumprod: Callable[[Any], Tensor]
+    shifted: Callable[[Shift], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
 class PassDraws:
     """Noise of candidates: of candidate 0 the WebUI's own, so that one candidate alone makes the ordinary picture."""
 
@@ -100,13 +114,16 @@ def script_class(
     title: str,
     build: Callable[[bool], tuple[list[Any], list[tuple[Any, Any]]]],
     change_of: ChangeOf,
+    other_ways: Ways | None = None,
 ) -> type:
     """A class of script that is always visible in txt2img and img2img, for a module that the WebUI reads scripts from.
 
     build      (whether for img2img) -> (fields, pairs of a field and its key in the infotext or a function of it)
     change_of  (the pass, the fields' values) -> what to change in it, None for nothing; what it raises ends the
                generation
+    other_ways of a WebUI that does otherwise; None: A1111's
     """
+    ways = other_ways or Ways(_architecture, lambda model: model.alphas_cumprod, predictions_shifted)
     from modules import scripts
 
     class AlwaysVisible(scripts.Script):  # type: ignore[misc]
@@ -122,12 +139,12 @@ def script_class(
             return fields
 
         def process_before_every_sampling(self, p: Any, *values: Any, **_: Any) -> None:
-            _prepare(p, values, change_of)
+            _prepare(p, values, change_of, ways)
 
     return AlwaysVisible
 
 
-def _prepare(p: Any, values: Sequence[Any], change_of: ChangeOf) -> None:
+def _prepare(p: Any, values: Sequence[Any], change_of: ChangeOf, ways: Ways) -> None:
     """Put the change into the sampler of p's pass, in the place of what an earlier pass left in the same one."""
     sampler = p.sampler
     for name in ("launch_sampling", "func"):
@@ -138,7 +155,7 @@ def _prepare(p: Any, values: Sequence[Any], change_of: ChangeOf) -> None:
             else:
                 setattr(sampler, name, former)
     try:
-        change = change_of(_pass_of(p), values)
+        change = change_of(_pass_of(p, ways.architecture(p.sd_model)), values)
     except Exception as error:
         _replace(sampler, "launch_sampling", _raising(error))
         return
@@ -148,9 +165,9 @@ def _prepare(p: Any, values: Sequence[Any], change_of: ChangeOf) -> None:
     if change.remark:
         p.comment(change.remark)
     if change.function is not None:
-        _replace(sampler, "func", _own_function(p, change.function), sampler.func)
+        _replace(sampler, "func", _own_function(p, change.function, ways), sampler.func)
     if change.shift is not None:
-        _replace(sampler, "launch_sampling", _shifted(sampler.launch_sampling, change.shift))
+        _replace(sampler, "launch_sampling", _shifted(sampler.launch_sampling, ways.shifted(change.shift)))
 
 
 def _replace(sampler: Any, name: str, function: Any, former: Any = None) -> None:
@@ -165,15 +182,15 @@ def _raising(error: Exception) -> Callable[..., Any]:
     return launch_sampling
 
 
-def _shifted(launch: Callable[..., Any], shift: Shift) -> Callable[..., Any]:
+def _shifted(launch: Callable[..., Any], shifting: AbstractContextManager[None]) -> Callable[..., Any]:
     def launch_sampling(steps: int, func: Callable[[], Any]) -> Any:
-        with predictions_shifted(shift):
+        with shifting:
             return launch(steps, func)
 
     return launch_sampling
 
 
-def _own_function(p: Any, function: Callable[[OwnLoop], Tensor]) -> Callable[..., Tensor]:
+def _own_function(p: Any, function: Callable[[OwnLoop], Tensor], ways: Ways) -> Callable[..., Tensor]:
     """A function of k-diffusion's signature; `eta` is in it for the WebUI to write its setting into the infotext."""
 
     def sample(
@@ -186,7 +203,7 @@ def _own_function(p: Any, function: Callable[[OwnLoop], Tensor]) -> Callable[...
             return model(x, sigma, **extra_args)  # as they are now: a refiner changes them on the way
 
         draws = PassDraws(p.rng, SeededDraws([_seed_of(p, seed) for seed in p.seeds[: len(x)]]))
-        schedule = p.sd_model.alphas_cumprod.float().cpu()
+        schedule = ways.alphas_cumprod(p.sd_model).float().cpu()
         return function(OwnLoop(at_its_step, x, sigmas, callback, draws, schedule))
 
     return sample
@@ -201,13 +218,18 @@ def _is_hires(p: Any) -> bool:
     return bool(getattr(p, "is_hr_pass", False))
 
 
-def _pass_of(p: Any) -> SamplerPass:
+def _architecture(model: Any) -> str:
+    if any(getattr(model, name, False) for name in ("is_sd2", "is_sd3")):
+        return ""
+    return "sdxl" if getattr(model, "is_sdxl", False) else "sd15"
+
+
+def _pass_of(p: Any, architecture: str) -> SamplerPass:
     model, sampler = p.sd_model, p.sampler
-    known = not any(getattr(model, name, False) for name in ("is_sd2", "is_sd3"))
     info = model.sd_checkpoint_info
     prompts = p.hr_prompts if _is_hires(p) and getattr(p, "hr_prompts", None) else p.prompts
     return SamplerPass(
-        architecture=("sdxl" if getattr(model, "is_sdxl", False) else "sd15") if known else "",
+        architecture=architecture,
         checkpoint_name=info.name_for_extra,
         checkpoint_hash=info.shorthash or "",
         sampler=sampler.config.name,

@@ -93,14 +93,23 @@ def encode_prompts(
 
     One by one, as the WebUI itself does: its emphasis normalises over what is encoded together.
     """
-    from modules import prompt_parser, sd_hijack
+    from modules import sd_hijack
+
+    sd_hijack.model_hijack.embedding_db.load_textual_inversion_embeddings()
+    return encode_by_model(checkpoint, prompts, negative_prompt, steps, width, height)
+
+
+def encode_by_model(
+    checkpoint: Checkpoint, prompts: Iterable[str], negative_prompt: str, steps: int, width: int, height: int
+) -> EncodedPrompts:
+    """`encode_prompts`, with the embeddings that the model has."""
+    from modules import prompt_parser
 
     model, cpu, scheduling = checkpoint.model, torch.device("cpu"), (steps, None, option("use_old_scheduling"))
 
     def text(one: str, negative: bool) -> Any:
         return prompt_parser.SdConditioning([one], width=width, height=height, is_negative_prompt=negative)
 
-    sd_hijack.model_hijack.embedding_db.load_textual_inversion_embeddings()
     with torch.no_grad(), autocast():
         positive = {}
         for prompt in prompts:

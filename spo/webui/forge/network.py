@@ -1,0 +1,84 @@
+"""The loaded checkpoint's network: evaluated as the WebUI's samplers do, with gradients where they are wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spo.webui.forge.checkpoint import Checkpoint, loaded_checkpoint, sampling_sigmas
+from spo.webui.forked import ordinary, ordinary_weights
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """Forge's `KModel`, whose `apply_model` turns the network's output into the clean latent by itself.
+
+    sigmas  [1000] the noise levels that its timesteps go by
+    """
+
+    model: Any
+    sigmas: Tensor
+
+
+def denoiser(checkpoint: Checkpoint) -> Denoiser:
+    """The network as the samplers see it, for `evaluate`; on the card, with weights that autograd takes."""
+    network_to_card(checkpoint)
+    return Denoiser(checkpoint.model.forge_objects.unet.model, ordinary(sampling_sigmas(checkpoint.model)))
+
+
+def evaluate(inner: Denoiser, x: Tensor, sigma: Tensor, conditioning: Sequence[Any]) -> Tensor:
+    """[N, C, H, W] denoised by a `denoiser` in one call; no guidance.
+
+    x [N, C, H, W] VE; sigma [N]; conditioning: tensors [k, L, D], or SDXL's dicts of such, N rows in all, one L
+    """
+    if isinstance(conditioning[0], dict):
+        text = {key: torch.cat([one[key] for one in conditioning]) for key in conditioning[0]}
+        text = {"c_crossattn": text["crossattn"], "y": text["vector"]}
+    else:
+        text = {"c_crossattn": torch.cat(list(conditioning))}
+    predictor = inner.model.predictor
+    sigmas = predictor.sigmas
+    predictor.set_sigmas(inner.sigmas)
+    try:
+        denoised: Tensor = inner.model.apply_model(x, sigma, transformer_options={}, **text)
+    finally:
+        predictor.set_sigmas(sigmas)
+    return denoised
+
+
+def compute_dtype() -> torch.dtype:
+    """The precision that the network computes in, whatever its weights are stored in."""
+    return loaded_checkpoint().model.forge_objects.unet.model.computation_dtype  # type: ignore[no-any-return]
+
+
+def weights_in_float8() -> bool:
+    """Whether the loaded network's weights are stored in FP8 ("Diffusion in Low Bits", or the file's own)."""
+    storage = loaded_checkpoint().model.forge_objects.unet.model.storage_dtype
+    return isinstance(storage, torch.dtype) and storage.itemsize == 1
+
+
+def autocast() -> AbstractContextManager[Any]:
+    """Nothing: Forge brings inputs to the network's precision itself."""
+    return nullcontext()
+
+
+def network_to_card(checkpoint: Checkpoint) -> None:
+    """Bring the UNet to the card, with the LoRAs merged that are active, as sampling does."""
+    from backend import memory_management
+
+    memory_management.load_models_gpu([checkpoint.model.forge_objects.unet])
+    ordinary_weights(checkpoint.network)
+
+
+def has_moved(checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Never: Forge takes the network from the card as it needs room, and brings it back."""
+    return False
+
+
+def keep_adapter_precision(network: nn.Module) -> None:
+    """Nothing: only layers of Forge's own cast by hand."""
