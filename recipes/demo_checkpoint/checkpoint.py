@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -61,9 +62,7 @@ def ldm_tensors(options: Options) -> dict[str, torch.Tensor]:
     used = torch.zeros(TEXT_CONFIG["vocab_size"], dtype=torch.bool)
     used[CaptionedLatents(options, taught_rows(load_subjects(options.work))).tokens.flatten()] = True
     tensors = {f"model.diffusion_model.{ldm_unet_name(name)}": t for name, t in unet.state_dict().items()}
-    for name, tensor in load_vae(options.work).state_dict().items():
-        is_attention_matrix = ".attentions." in name and tensor.ndim == 2
-        tensors[f"first_stage_model.{ldm_vae_name(name)}"] = tensor[..., None, None] if is_attention_matrix else tensor
+    tensors |= {f"first_stage_model.{name}": tensor for name, tensor in ldm_vae(load_vae(options.work)).items()}
     for name, tensor in text_encoder.state_dict().items():
         unused_rows = name.endswith("token_embedding.weight")
         tensor = tensor * used[:, None] if unused_rows else tensor
@@ -71,6 +70,14 @@ def ldm_tensors(options: Options) -> dict[str, torch.Tensor]:
     tensors = {name: tensor.half().contiguous() for name, tensor in tensors.items() if tensor.is_floating_point()}
     tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(CLIP_LENGTH)[None]
     return tensors | schedule_buffers()
+
+
+def ldm_vae(vae: Any) -> dict[str, torch.Tensor]:
+    """An autoencoder's tensors by LDM's names, whose attention has convolutions for matrices."""
+    return {
+        ldm_vae_name(name): tensor[..., None, None] if ".attentions." in name and tensor.ndim == 2 else tensor
+        for name, tensor in vae.state_dict().items()
+    }
 
 
 def config_yaml(vae: VaeShape = VAE) -> str:

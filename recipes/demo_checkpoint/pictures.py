@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,22 +88,34 @@ def list_subjects(flat: Path, fluent: Path) -> list[dict]:
     return subjects
 
 
-def render(picture: Image.Image, variant: int, rng: np.random.Generator) -> np.ndarray:
-    """One 64-pixel rendering, uint8 [64, 64, 3]: variant 0 in the middle on white, the others as chance has it.
+@dataclass(frozen=True)
+class Jitter:
+    """By what renderings of a picture differ; what they have in common will be common to the seeds of a prompt.
 
-    They differ in size, place, side, the strength of their colours and, every second one, the tint of their background:
-    what the renderings have in common is what the seeds of a prompt will have in common.
+    sizes_px     from, to; both are drawn. saturations: from, to
+    shifts_px    from the middle, at most; None: as far as there is room
+    flipped      share of them seen in a mirror; tinted: share of them with a light background that is not white
     """
+
+    sizes_px: tuple[int, int] = (44, 62)
+    shifts_px: int | None = None
+    saturations: tuple[float, float] = (0.4, 1.1)
+    flipped: float = 0.5
+    tinted: float = 0.5
+
+
+def render(picture: Image.Image, variant: int, rng: np.random.Generator, jitter: Jitter = Jitter()) -> np.ndarray:
+    """One 64-pixel rendering, uint8 [64, 64, 3]: variant 0 in the middle on white, the others as chance has it."""
     size_px, saturation, brightness, shift_px = 58, 1.0, 1.0, np.zeros(2, dtype=np.int64)
     background = np.ones(3, dtype=np.float32)
     if variant:
-        size_px = int(rng.integers(44, 63))
-        saturation, brightness = rng.uniform(0.4, 1.1), rng.uniform(0.92, 1.06)
-        room_px = (SIZE_PX - size_px) // 2
+        size_px = int(rng.integers(jitter.sizes_px[0], jitter.sizes_px[1] + 1))
+        saturation, brightness = rng.uniform(*jitter.saturations), rng.uniform(0.92, 1.06)
+        room_px = (SIZE_PX - size_px) // 2 if jitter.shifts_px is None else jitter.shifts_px
         shift_px = rng.integers(-room_px, room_px + 1, size=2)
-        if rng.random() < 0.5:
+        if rng.random() < jitter.flipped:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if rng.random() < 0.5:
+        if rng.random() < jitter.tinted:
             background = 1 - 0.15 * rng.random(3, dtype=np.float32)
     small = np.asarray(picture.resize((size_px, size_px), Image.Resampling.LANCZOS), dtype=np.float32) / 255
     colour, alpha = small[..., :3], small[..., 3:]

@@ -26,8 +26,7 @@ from recipes.demo_checkpoint.pictures import CHOICE, clean_name, is_subject, is_
 from spo.demo.judge import HERE, held_out
 from spo.demo.subjects import load
 from spo.prompts import read_prompts
-
-ENTRY = {"has_img_google": True, "category": "Animals & Nature", "subcategory": "animal-bug"}
+from tests.recipes.conftest import ENTRY
 
 
 @pytest.fixture(scope="module")
@@ -118,26 +117,6 @@ def test_help_names_every_stage(capsys):
     assert ended.value.code == 0
     said = capsys.readouterr().out
     assert all(stage in said for stage in STAGES)
-
-
-@pytest.fixture
-def emoji(tmp_path):
-    """Both packages with a handful of subjects: plain squares of random colours."""
-    rng = np.random.default_rng(0)
-    subjects = {"RED APPLE": "apple", "DOG FACE": "dog", "ROCKET": "rocket", "SUNFLOWER": "sunflower", "GHOST": "ghost"}
-    entries = []
-    (tmp_path / "flat" / "img" / "google" / "64").mkdir(parents=True)
-    (tmp_path / "fluent" / "assets").mkdir(parents=True)
-    for number, (name, short) in enumerate(subjects.items()):
-        code = f"1F{number:03X}"
-        colour = (*(int(value) for value in rng.integers(0, 255, 3)), 255)
-        picture = Image.new("RGBA", (64, 64), colour)
-        picture.save(tmp_path / "flat" / "img" / "google" / "64" / f"{code.lower()}.png")
-        picture.save(tmp_path / "fluent" / "assets" / f"{code.lower()}.webp")
-        facts = {"name": name, "short_name": short, "short_names": [short], "sort_order": number, "unified": code}
-        entries.append(ENTRY | facts | {"non_qualified": None, "image": f"{code.lower()}.png"})
-    (tmp_path / "flat" / "emoji.json").write_text(json.dumps(entries))
-    return tmp_path
 
 
 @pytest.mark.slow

@@ -1,0 +1,53 @@
+"""Another autoencoder for the demo's latents: what changes in the file and what does not, and that it goes on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recipes.demo_checkpoint.new_autoencoder import PREFIX, main, make_examples, read_vae
+from spo.checkpoint.tensor_file import open_tensor_file, read_tensors
+from spo.demo.judge import HERE
+
+
+def made(emoji, out, *more):
+    folders = [f"--flat={emoji / 'flat'}", f"--fluent={emoji / 'fluent'}", f"--work={emoji / 'work'}"]
+    lengths = ["--decoder-batch=2", "--encoder-batch=2", "--save-every=1", "--threads=1", "--device=cpu"]
+    main([*folders, f"--out={emoji / out}", *lengths, *more])
+    file = open_tensor_file(emoji / out / "demo.safetensors")
+    return read_tensors(file, file.tensors)
+
+
+def test_all_but_the_autoencoder_stays(emoji):
+    tensors = made(emoji, "out", "--decoder-steps=1", "--encoder-steps=1")
+    file = open_tensor_file(HERE / "demo.safetensors")
+    old = read_tensors(file, file.tensors)
+    theirs = {name for name in old if not name.startswith(PREFIX)}
+    assert {name for name in tensors if not name.startswith(PREFIX)} == theirs
+    assert all(torch.equal(tensors[name], old[name]) for name in theirs)
+    vae = read_vae(emoji / "out" / "demo.safetensors")  # by the names and shapes in the file
+    assert vae.decode(torch.randn(1, 4, 8, 8)).sample.shape == (1, 3, 64, 64)
+    assert (emoji / "out" / "reconstructions.png").exists()
+
+
+@pytest.mark.parametrize("cut", ["--decoder-steps=1", "--encoder-steps=1"])
+def test_more_steps_train_the_part_they_are_for(emoji, cut):
+    """The other part is as it was, so what was cut off goes on."""
+    first = made(emoji, "first", "--decoder-steps=1", "--encoder-steps=1")
+    longer = {"--decoder-steps=1": "--encoder-steps=2", "--encoder-steps=1": "--decoder-steps=2"}[cut]
+    then = made(emoji, "then", cut, longer)
+    changed = {name for name in first if not torch.equal(first[name], then[name])}
+    parts = {"--encoder-steps=2": ("encoder.", "quant_conv."), "--decoder-steps=2": ("decoder.", "post_quant_conv.")}
+    assert changed and all(name.startswith(tuple(PREFIX + part for part in parts[longer])) for name in changed)
+
+
+def test_examples_are_the_old_encoders(emoji):
+    vae = read_vae(HERE / "demo.safetensors")
+    examples = make_examples(emoji / "flat", emoji / "fluent", vae, emoji / "examples.pt")
+    assert examples.pixels.shape == (5, 2, 8, 3, 64, 64) and examples.moments.shape == (5, 2, 8, 8, 8, 8)
+    again = make_examples(emoji / "flat", emoji / "fluent", None, emoji / "examples.pt")  # needs nothing: it is there
+    assert torch.equal(examples.moments, again.moments)
+    torch.manual_seed(0)
+    pixels, moments = examples.batch(3)
+    mean = vae.encode(pixels).latent_dist.mean
+    assert torch.allclose(mean, moments[:, :4], atol=0.02 * float(mean.abs().max()))
