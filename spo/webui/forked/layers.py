@@ -22,9 +22,9 @@ def linear_for_peft(network: nn.Module) -> Iterator[None]:
         for module in network.modules()
         if type(module).__name__ == "Linear" and not isinstance(module, nn.Linear) and hasattr(module, "in_features")
     ]
-    classes = [type(module) for module in foreign]
-    for module in foreign:
-        module.__class__ = _both(type(module))
+    classes: list[Any] = [type(module) for module in foreign]
+    for module, kind in zip(foreign, classes, strict=True):
+        module.__class__ = _both(kind)
     try:
         yield
     finally:
