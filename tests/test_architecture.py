@@ -18,7 +18,8 @@ MODULES = {
 }
 OURS = {name: path for name, path in MODULES.items() if name.startswith("spo")}
 TORCH_ONLY = {"spo.algorithm.diffusion", "spo.algorithm.pairs", "spo.algorithm.objective"}
-WEBUI_ONLY = {"modules", "gradio", "fastapi", "starlette", "ldm", "sgm", "k_diffusion", "backend", "modules_forge"}
+FORGE_ONLY = {"backend", "modules_forge", "ldm_patched"}
+WEBUI_ONLY = {"modules", "gradio", "fastapi", "starlette", "ldm", "sgm", "k_diffusion"} | FORGE_ONLY
 
 # packages that may be imported inside functions, and why
 IMPORTED_LATE = {
@@ -44,6 +45,7 @@ IMPORTED_LATE = {
     "sgm": "the same",
     "backend": "of Forge: the same",
     "modules_forge": "the same",
+    "ldm_patched": "of reForge: the same",
     "gradio": "the same",
     "fastapi": "the same",
     "starlette": "the same",
@@ -54,7 +56,7 @@ UNTESTED_ALONE = {
     "spo.__main__": "tests/cli/test_train.py starts it",
 }
 # each one's files are one surface, tried as one in a real WebUI by tests/webui/test_a1111.py and others
-SEAM = ("spo.webui.a1111.", "spo.webui.forge.")
+SEAM = ("spo.webui.a1111.", "spo.webui.forge.", "spo.webui.reforge.")
 
 
 def imports(path: Path, *, everywhere: bool = True) -> set[str]:

@@ -44,6 +44,8 @@ def tiny_sd15(
     text_width: int = 32,
     text_layers: int = 3,
     text_heads: int = 1,
+    text_inner: int = 2,
+    deviation: float = 0.2,
     vae_channels: tuple[int, ...] = (32, 32, 32, 32),
     vae_blocks: int = 1,
 ) -> TinySource:
@@ -52,8 +54,8 @@ def tiny_sd15(
         torch.manual_seed(seed)
         unet = _unet(channels, depths, res_blocks, [heads] * len(channels), text_width, linear, 0)
         vae = _vae(vae_channels, vae_blocks, 0.18215)
-        text = _text_encoder(text_width, text_layers, text_heads, "quick_gelu", 0)
-        return TinySource(_ready(unet), _ready(vae), (_ready(text),))
+        text = _text_encoder(text_width, text_layers, text_heads, "quick_gelu", 0, text_inner)
+        return TinySource(_ready(unet, deviation), _ready(vae, deviation), (_ready(text, deviation),))
 
 
 @functools.cache
@@ -64,6 +66,12 @@ def tiny_sdxl(
     depths: tuple[int, ...] = (0, 1, 2),
     res_blocks: int = 1,
     head_width: int = 64,
+    text_widths: tuple[int, int] = (32, 32),
+    text_layers: tuple[int, int] = (3, 2),
+    text_heads: tuple[int, int] = (1, 1),
+    text_inner: int = 2,
+    projection: int = 48,
+    deviation: float = 0.2,
     vae_channels: tuple[int, ...] = (32, 32, 32, 32),
     vae_blocks: int = 1,
 ) -> TinySource:
@@ -71,12 +79,12 @@ def tiny_sdxl(
     with torch.random.fork_rng():
         torch.manual_seed(1000 + seed)
         heads = [max(1, width // head_width) for width in channels]
-        narrow, wide, projection = 32, 32, 48
-        unet = _unet(channels, depths, res_blocks, heads, narrow + wide, True, projection + 6 * 256)
+        unet = _unet(channels, depths, res_blocks, heads, sum(text_widths), True, projection + 6 * 256)
         vae = _vae(vae_channels, vae_blocks, 0.13025)
-        first = _text_encoder(narrow, 3, 1, "quick_gelu", 0)
-        second = _text_encoder(wide, 2, 1, "gelu", projection)
-        return TinySource(_ready(unet), _ready(vae), (_ready(first), _ready(second)))
+        first = _text_encoder(text_widths[0], text_layers[0], text_heads[0], "quick_gelu", 0, text_inner)
+        second = _text_encoder(text_widths[1], text_layers[1], text_heads[1], "gelu", projection, text_inner)
+        texts = (_ready(first, deviation), _ready(second, deviation))
+        return TinySource(_ready(unet, deviation), _ready(vae, deviation), texts)
 
 
 def write_tiny_sd15(
@@ -213,13 +221,13 @@ def _vae(channels: tuple[int, ...], blocks: int, scale_factor: float) -> nn.Modu
     )
 
 
-def _text_encoder(width: int, layers: int, heads: int, activation: str, projection: int) -> nn.Module:
+def _text_encoder(width: int, layers: int, heads: int, activation: str, projection: int, inner: int = 2) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=VOCABULARY,
         hidden_size=width,
-        intermediate_size=2 * width,
+        intermediate_size=inner * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=77,
@@ -232,13 +240,13 @@ def _text_encoder(width: int, layers: int, heads: int, activation: str, projecti
 
 
 @torch.no_grad()
-def _ready(network: nn.Module) -> nn.Module:
-    """Frozen, eval, and away from zeros and ones in norms and biases."""
+def _ready(network: nn.Module, deviation: float) -> nn.Module:
+    """Frozen, eval, and away from zeros and ones in norms and biases; small weights brought to this deviation."""
     for parameter in network.parameters():
         if parameter.ndim == 1:
             parameter.add_(0.05 * torch.randn_like(parameter))
-        elif parameter.std() < 0.05:  # transformers' initial weights hardly let a prompt through
-            parameter.mul_(0.2 / parameter.std())
+        elif parameter.std() < deviation / 4:  # transformers' initial weights hardly let a prompt through
+            parameter.mul_(deviation / parameter.std())
         parameter.copy_(parameter.half().float())
     return network.requires_grad_(False).eval()
 

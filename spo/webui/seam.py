@@ -12,9 +12,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING or find_spec("modules_forge") is None or find_spec("backend") is None:
+if TYPE_CHECKING or find_spec("modules_forge") is None:
     from spo.webui import a1111 as webui
-else:  # Forge, and Forge Classic's branch neo
+elif find_spec("ldm_patched") is not None:  # reForge, and Forge classic
+    from spo.webui import reforge as webui
+elif find_spec("backend") is not None:  # Forge, and Forge Classic's branch neo
     from spo.webui import forge as webui
+else:
+    from spo.webui import a1111 as webui
 
 __all__ = ["webui"]

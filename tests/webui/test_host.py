@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,39 +21,26 @@ from spo.errors import SpoError
 from spo.lora.read import read_lora
 from spo.training.loop import train
 from tests.tiny_host import MeanOfChannel
+from tests.webui import started
 
 WEBUI = os.environ.get("SPO_WEBUI_DIR")
 pytestmark = pytest.mark.skipif(not WEBUI, reason="SPO_WEBUI_DIR does not name a WebUI")
-CHECKPOINTS = [("tiny-sd1", "sd15"), ("tiny-sdxl", "sdxl")]
+CHECKPOINTS = [(started.SD15, "sd15"), (started.SDXL, "sdxl")]
 PROMPT = "a (red:1.3) [fox:boat:0.5] AND a pear :0.6"
 
 
 @pytest.fixture(scope="module")
 def webui():
     """The WebUI's modules, loaded as its own start does, on the CPU and without its server."""
-    former = os.getcwd(), list(sys.argv)
-    os.chdir(str(WEBUI))
-    sys.path.insert(0, str(WEBUI))
-    flags = "--skip-torch-cuda-test --use-cpu all --no-half --precision full --no-hashing --disable-nan-check --nowebui"
-    sys.argv = ["launch.py", "--skip-prepare-environment", "--do-not-download-clip", *flags.split()]
-    if "modules.initialize" not in sys.modules:  # once in a process, whichever test file comes first
-        from modules import initialize
-
-        initialize.imports()
-        initialize.check_versions()
-        initialize.initialize()
-        from modules import script_callbacks
-
-        script_callbacks.before_ui_callback()
-    yield
-    os.chdir(former[0])
-    sys.argv = former[1]
+    with started.started():
+        yield
 
 
 def load(name, ending=".safetensors"):
     from modules import sd_models, shared
 
-    sd_models.model_data.get_sd_model()  # the WebUI's start loads one in a thread of its own; wait for it
+    if not started.IS_FORK:
+        sd_models.model_data.get_sd_model()  # the WebUI's start loads one in a thread of its own; wait for it
     info = next(info for info in sd_models.checkpoints_list.values() if info.name == f"{name}{ending}")
     shared.opts.data["sd_model_checkpoint"] = info.title
     sd_models.reload_model_weights(info=info)
@@ -70,14 +56,15 @@ def load_afresh(info):
     return model
 
 
-def txt2img(sampler_name, *, prompt=PROMPT, seed=7, scheduler="Karras", size=128, steps=8, pictures=2):
+def txt2img(sampler_name, *, prompt=PROMPT, seed=7, scheduler="Karras", size=started.SIZE, steps=8, pictures=2):
     from modules import processing, shared
 
     p = processing.StableDiffusionProcessingTxt2Img(
         sd_model=shared.sd_model, prompt=prompt, negative_prompt="bad", seed=seed, steps=steps, cfg_scale=5, width=size,
-        height=size, sampler_name=sampler_name, scheduler=scheduler, batch_size=pictures, do_not_save_samples=True,
-        do_not_save_grid=True,
+        height=size, sampler_name=sampler_name, batch_size=pictures, do_not_save_samples=True, do_not_save_grid=True,
     )  # fmt: skip
+    p.scheduler = scheduler  # Forge classic has no such field
+    started.without_scripts(p)
     try:
         return np.stack([np.asarray(image) for image in processing.process_images(p).images[-pictures:]]).astype(int)
     finally:
@@ -97,7 +84,7 @@ class WebUIDraws:
         return self.generator.next().to(like)[None]
 
 
-def one_candidate(*, prompt=PROMPT, seed=7, scheduler="Karras", size=128):
+def one_candidate(*, prompt=PROMPT, seed=7, scheduler="Karras", size=started.SIZE):
     """As `txt2img`, by `sample_spo` with K = 1 in the WebUI's own loop, on its sampler's noise levels and noise."""
     from modules import processing, sd_samplers, shared
 
@@ -127,8 +114,8 @@ def config_for(folder: Path, name, architecture, **changes):
         "checkpoint": str(Path(str(WEBUI)) / "models" / "Stable-diffusion" / f"{name}.safetensors"),
         "prompts": "prompts.txt",
         "output": str(folder / f"{name}.safetensors"),
-        "width": 128,
-        "height": 128,
+        "width": started.SIZE,
+        "height": started.SIZE,
         "sampling_steps": 6,
         "divert_start_step": 1,
         "threshold": 0.0,
@@ -278,7 +265,7 @@ def test_loras_in_training_prompts_act_and_the_active_ones_come_back(webui, tmp_
 
 
 @pytest.mark.parametrize(("name", "architecture"), CHECKPOINTS)
-@pytest.mark.parametrize("other", ["tiny-sd1", "tiny-sdxl", "same kind"])
+@pytest.mark.parametrize("other", [started.SD15, started.SDXL, "same kind"])
 def test_a_switch_of_the_checkpoint_ends_the_run_and_the_new_one_is_whole(webui, tmp_path, name, architecture, other):
     """Behind the queue's back, as no button of the WebUI does it, but another extension may."""
     from modules import sd_models, shared
@@ -329,13 +316,13 @@ def test_a_switch_of_the_checkpoint_ends_the_run_and_the_new_one_is_whole(webui,
 
 
 def test_v_prediction(webui, tmp_path):
-    model = load("tiny-sd1")
+    model = load(started.SD15)
     assert model.parameterization == "eps"
     model.parameterization = "v"
     try:
         euler, spo = txt2img("Euler a"), one_candidate()
         assert np.abs(euler - spo).max() <= 1
-        report = train_tiny(tmp_path, "tiny-sd1", "sd15")
+        report = train_tiny(tmp_path, started.SD15, "sd15")
         assert read_lora(report.output).metadata["modelspec.prediction_type"] == "v"
     finally:
         model.parameterization = "eps"
@@ -344,7 +331,7 @@ def test_v_prediction(webui, tmp_path):
 def test_weights_stored_in_float8(webui, tmp_path):
     from modules import sd_models, shared
 
-    load("tiny-sd1")
+    load(started.SD15)
     shared.opts.data["fp8_storage"] = "Enable"
     try:
         sd_models.reload_model_weights(forced_reload=True)
@@ -352,7 +339,7 @@ def test_weights_stored_in_float8(webui, tmp_path):
         assert torch.float8_e4m3fn in types
         before = txt2img("Euler a")
         # an empty text is NaN here in the WebUI itself, on a CPU with float8: its own txt2img is black then
-        report = train_tiny(tmp_path, "tiny-sd1", "sd15", negative_prompt="bad")
+        report = train_tiny(tmp_path, started.SD15, "sd15", negative_prompt="bad")
         layers = read_lora(report.output).layers
         assert all(bool(torch.isfinite(layer.up).all()) for layer in layers.values())
         assert sum(float(layer.up.abs().max()) > 0 for layer in layers.values()) > len(layers) / 2
@@ -374,7 +361,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_touched(webui, tmp
             seam.webui.refuse_training(seam.webui.loaded_checkpoint())
         monkeypatch.undo()
 
-    model = load("tiny-sd1")
+    model = load(started.SD15)
     monkeypatch.setattr(shared.cmd_opts, "lowvram", True)
     monkeypatch.setattr(model, "lowvram", True)
     refused("--lowvram")
@@ -384,7 +371,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_touched(webui, tmp
     first = model.model.diffusion_model.input_blocks[0][0]
     monkeypatch.setattr(first, "weight", torch.nn.Parameter(torch.zeros(32, 9, 3, 3)))
     refused("9 channels")
-    xl = load("tiny-sdxl")
+    xl = load(started.SDXL)
     others = [embedder for embedder in xl.conditioner.embedders if "CLIP" not in type(embedder).__name__]
     refiner = SimpleNamespace(
         model=xl.model, conditioner=SimpleNamespace(embedders=others), is_sdxl=True,

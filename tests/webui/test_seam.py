@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from spo.webui import a1111, forge, seam
+from spo.webui import a1111, forge, reforge, seam
 
 
 def test_outside_every_webui_it_is_a1111s():
     assert seam.webui is a1111
 
 
-@pytest.mark.parametrize("kind", [a1111, forge])
+@pytest.mark.parametrize("kind", [a1111, forge, reforge])
 def test_each_kind_has_the_same_names(kind):
     assert kind.__all__ == a1111.__all__
     assert len(set(kind.__all__)) == len(kind.__all__) > 70

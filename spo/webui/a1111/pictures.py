@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -70,11 +71,19 @@ class Pictures:
     skipped: bool
 
 
-def txt2img(request: PictureRequest, sampling: OwnSampling | None = None) -> Pictures:
+def txt2img(
+    request: PictureRequest,
+    sampling: OwnSampling | None = None,
+    *,
+    prepare: Callable[[Any], None] = lambda p: None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Pictures:
     """The WebUI's own processing, with styles, scripts and saving left out; nothing comes on its disk.
 
-    sampling  up to the latents only, by our own sampler function: nothing is decoded, and settings that the training
-              step does not have are off (token merging, tiling, NGMS, Skip Early CFG, face restoration)
+    sampling           up to the latents only, by our own sampler function: nothing is decoded, and settings that the
+                       training step does not have are off (token merging, tiling, NGMS, Skip Early CFG, face
+                       restoration)
+    prepare, settings  for other WebUIs: what to change of the processing; settings that hold for it alone
     """
     from modules import processing, sd_samplers_common, sd_samplers_kdiffusion, shared
 
@@ -131,11 +140,13 @@ def txt2img(request: PictureRequest, sampling: OwnSampling | None = None) -> Pic
         width=request.width,
         height=request.height,
         sampler_name=request.sampler,
-        scheduler="Automatic",
         do_not_save_samples=True,
         do_not_save_grid=True,
+        override_settings=dict(settings),
         **({} if sampling is None else {"restore_faces": False, "tiling": False, "s_min_uncond": 0.0}),
     )
+    p.scheduler = "Automatic"  # not a field of every fork's
+    prepare(p)
     try:
         processed = processing.process_images(p)
         interrupted, skipped = shared.state.interrupted or shared.state.stopping_generation, shared.state.skipped

@@ -25,16 +25,16 @@ def decode(checkpoint: Checkpoint, latents: Tensor) -> Tensor:
     with _without_casting_by_hand():
         pictures = sd_samplers_common.decode_first_stage(checkpoint.model, latents).float()
         better = _better_vae_dtype()
-        if not _are_pictures(pictures) and better not in (None, devices.dtype_vae):
+        if not are_pictures(pictures) and better not in (None, devices.dtype_vae):
             devices.dtype_vae = better
             checkpoint.model.first_stage_model.to(better)
             pictures = sd_samplers_common.decode_first_stage(checkpoint.model, latents).float()
-    if not _are_pictures(pictures):
+    if not are_pictures(pictures):
         raise SpoError(bad_vae_text("gave pictures that are not finite or all black"))
     return pictures
 
 
-def _are_pictures(pictures: Tensor) -> bool:
+def are_pictures(pictures: Tensor) -> bool:
     """Whether all of [N, 3, H, W] are finite, and none is nothing but black."""
     return bool(torch.isfinite(pictures).all()) and bool((pictures.flatten(1).amax(1) > -1).all())
 

@@ -36,11 +36,12 @@ def adapters_aside(network: nn.Module) -> Iterator[None]:
 def plain_names_in(network: nn.Module, functions: Sequence[tuple[Any, str]]) -> Iterator[None]:
     """Inside, these functions of the WebUI's, (owner, name), run with the network's `adapters_aside`.
 
-    Those that look modules up by name, or move and merge weights. What the owner lacks is left out: WebUIs differ.
+    Those that look modules up by name, or move and merge weights. Left out are an
+    owner that is None, and what an owner lacks: WebUIs differ.
     """
     with ExitStack() as stack:
         for owner, name in functions:
-            former = vars(owner).get(name)
+            former = None if owner is None else vars(owner).get(name)
             if former is not None:
                 setattr(owner, name, _aside(former, network))
                 stack.callback(setattr, owner, name, former)

@@ -1,0 +1,134 @@
+"""What of the loaded model is set aside while it is borrowed, and put back exactly, in reForge and Forge classic."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from spo.webui.a1111.checkpoint import Checkpoint, is_loaded
+from spo.webui.forked import adding_in_place, ordinary_weights, plain_names_in
+from spo.webui.reforge.loras import active_networks
+
+# what looks modules up by name, or merges and moves weights: of reForge, and of Forge classic
+_PATCHING = (
+    "add_patches",
+    "detach",
+    "get_key_patches",
+    "load",
+    "model_state_dict",
+    "partially_load",
+    "partially_unload",
+    "patch_model",
+    "unpatch_model",
+)
+
+
+@contextmanager
+def pinned(checkpoint: Checkpoint) -> Iterator[None]:
+    """What is sampled inside is sampled from this checkpoint, and leaves LoRAs and prompt history as they were.
+
+    The WebUI looks at its settings before each picture, and loads what is chosen there. Inside it does not; the page's
+    own change of the setting waits for the queue and is done afterwards.
+    """
+    from modules import sd_models
+
+    load, networks, afresh = sd_models.reload_model_weights, active_networks(checkpoint.model), list[bool]()
+
+    def stay(sd_model: Any = None, info: Any = None, forced_reload: bool = False) -> Any:
+        if info is None or info is checkpoint.info:
+            afresh.append(forced_reload)
+            return checkpoint.model
+        return load(sd_model, info, forced_reload)  # somebody means it: `is_loaded` says so
+
+    sd_models.reload_model_weights = stay
+    try:
+        with _without_prompt_history():
+            yield
+    finally:
+        sd_models.reload_model_weights = load
+        if is_loaded(checkpoint):
+            networks()
+            if any(afresh):
+                load(checkpoint.model, checkpoint.info, forced_reload=True)
+
+
+@contextmanager
+def _without_prompt_history() -> Iterator[None]:
+    """Our sampling must not become the user's last prompt. Forge classic has no flag for it, so the file is kept."""
+    from modules import paths, shared
+
+    flags = shared.cmd_opts
+    if hasattr(flags, "no_prompt_history"):
+        former, flags.no_prompt_history = flags.no_prompt_history, True
+        try:
+            yield
+        finally:
+            flags.no_prompt_history = former
+        return
+    file = Path(paths.data_path) / "params.txt"
+    text = file.read_bytes() if file.is_file() else None
+    try:
+        yield
+    finally:
+        if text is not None:
+            file.write_bytes(text)
+        else:
+            file.unlink(missing_ok=True)
+
+
+@contextmanager
+def trainable(checkpoint: Checkpoint) -> Iterator[None]:
+    """The network as rollouts and training need it, both alike; afterwards as it was.
+
+    Weights that autograd takes, blocks that can be differentiated, attention that keeps no matrix for the backward
+    pass, no tiling of the last generation; LoRAs are merged and taken out by names that no adapter hides.
+    """
+    from modules import processing
+
+    model, network = checkpoint.model, checkpoint.network
+    tiling = model.tiling_enabled
+    ordinary_weights(network)
+    with _names(model, network), _differentiable(network), _memory_saving_attention():
+        processing.apply_circular_forge(model, False)
+        try:
+            yield
+        finally:
+            if is_loaded(checkpoint):
+                processing.apply_circular_forge(model, tiling)
+
+
+def _names(model: Any, network: nn.Module) -> Any:
+    extension = sys.modules.get("networks")  # of the built-in Lora extension, which may be off
+    kind = type(model.forge_objects.unet)
+    owners = [one for one in kind.__mro__ if one.__name__ in ("ModelPatcher", kind.__name__)]
+    functions = [(owner, name) for owner in owners for name in _PATCHING]
+    return plain_names_in(network, [*functions, (extension, "load_networks")])
+
+
+def _differentiable(network: nn.Module) -> Any:
+    """Forge classic's blocks add in place; their forward is `_forward` by way of a checkpoint. reForge's do not."""
+    in_place = any(
+        type(one).__name__ == "BasicTransformerBlock" and hasattr(one, "_forward") for one in network.modules()
+    )
+    return adding_in_place(network) if in_place else nullcontext()
+
+
+@contextmanager
+def _memory_saving_attention() -> Iterator[None]:
+    """Scaled dot product attention, unless the user's is xformers' or the like: the others keep matrices."""
+    from ldm_patched.ldm.modules import attention
+
+    former = attention.optimized_attention
+    if former.__name__ not in ("attention_basic", "attention_split", "attention_sub_quad"):
+        yield
+        return
+    attention.optimized_attention = attention.attention_pytorch
+    try:
+        yield
+    finally:
+        attention.optimized_attention = former
