@@ -271,7 +271,7 @@
     let asked = null;
 
     function chosenCheckpoint() {
-        const box = gradioApp().querySelector("#setting_sd_model_checkpoint input");
+        const box = gradioApp().querySelector("#setting_sd_model_checkpoint input, .model_selection input"); // or Forge's
         return box ? box.value : "";
     }
 

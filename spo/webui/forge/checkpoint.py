@@ -5,12 +5,15 @@ A Forge loads lazily: the page sets what is to be loaded (`forge_loading_paramet
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spo.checkpoint.kinds import kind_of
+from spo.checkpoint.tensor_file import open_tensor_file
 from spo.errors import SpoError
 from spo.webui import a1111
 from spo.webui.a1111.options import option
@@ -130,11 +133,27 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def glance() -> a1111.Glance:
-    """The loaded checkpoint as far as it is loaded by now, of whatever kind it is."""
-    model = loaded_model()
-    if model is None:
+    """The checkpoint chosen at the top of the page, for the page, without loading it: training will be of that one."""
+    from modules import sd_models
+
+    chosen, model = sd_models.checkpoint_aliases.get(option("sd_model_checkpoint")), loaded_model()
+    if chosen is None:
         return a1111.Glance()
-    return a1111.Glance(architecture(model), Path(model.sd_checkpoint_info.filename).name)
+    file = Path(chosen.filename)
+    if model is not None and Path(model.sd_checkpoint_info.filename) == file:
+        return a1111.Glance(architecture(model), file.name)
+    return a1111.Glance(_architecture_in(file, file.stat().st_mtime) if file.exists() else "", file.name)
+
+
+@lru_cache(maxsize=8)
+def _architecture_in(file: Path, changed_s: float) -> str:
+    """By the names in a .safetensors file; "" for others, which are not opened before Forge loads them."""
+    if file.suffix != ".safetensors":
+        return ""
+    try:
+        return kind_of(open_tensor_file(file)).architecture or ""
+    except SpoError:
+        return ""
 
 
 def is_loaded(checkpoint: Checkpoint) -> bool:
