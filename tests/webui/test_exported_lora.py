@@ -11,6 +11,7 @@ import pytest
 from spo.progress import Watcher
 from spo.training.loop import train
 from tests.tiny_host import MeanOfChannel
+from tests.webui import started
 from tests.webui import test_host as host
 
 webui = host.webui
@@ -18,11 +19,16 @@ WEBUI = os.environ.get("SPO_WEBUI_DIR")
 pytestmark = pytest.mark.skipif(not WEBUI, reason="SPO_WEBUI_DIR does not name a WebUI")
 NAME = "spo-test-exported"
 DEMO = Path(str(WEBUI)) / "models" / "Stable-diffusion" / "spo-demo.safetensors"
+RATE = 0.02 if started.IS_FORK else 0.1
 CHECKPOINTS = [
-    ("tiny-sd1", "sd15", 128, 0.1),
-    ("tiny-sdxl", "sdxl", 128, 0.1),
+    (started.SD15, "sd15", started.SIZE, RATE),
+    (started.SDXL, "sdxl", started.SIZE, RATE),
     pytest.param(
-        "spo-demo", "sd15", 64, 1e-2, marks=pytest.mark.skipif(not DEMO.exists(), reason="no demo checkpoint there")
+        "spo-demo",
+        "sd15",
+        64,
+        1e-2,
+        marks=pytest.mark.skipif(started.IS_FORK or not DEMO.exists(), reason="no demo checkpoint there"),
     ),
 ]
 
@@ -32,10 +38,10 @@ CHECKPOINTS = [
 def test_the_exported_lora_is_the_adapter(
     webui, tmp_path, record_property, name, architecture, size, rate, save_precision
 ):
-    import networks
     from modules import shared
 
     from spo.webui.host import borrowed
+    from spo.webui.seam import webui as seam
 
     def picture(prompt):
         return host.txt2img("Euler a", prompt=prompt, size=size)
@@ -53,12 +59,12 @@ def test_the_exported_lora_is_the_adapter(
         report = train(borrowed_host, config, ["a fox", "a boat"], MeanOfChannel(), Watcher(saved=saved))
     exported = Path(shared.cmd_opts.lora_dir) / report.output.name
     exported.write_bytes(report.output.read_bytes())
-    networks.list_available_networks()
+    seam.refresh_loras()
     try:
         found = picture(f"a fox <lora:{NAME}:1>")
     finally:
         exported.unlink()
-        networks.list_available_networks()
+        seam.refresh_loras()
     expected = in_place[report.output]
     change, difference = int(np.abs(expected - plain).max()), int(np.abs(found - expected).max())
     record_property("change", change)

@@ -170,6 +170,10 @@ def load_checkpoint(file_name: str) -> None:
     sd_models.reload_model_weights()
 
 
+def refuse_demo() -> None:
+    """SpoError where this WebUI does not take the demo checkpoint; this one builds what a file's yaml says."""
+
+
 def load_again(file: Path) -> None:
     """Load the checkpoint in this file if another one is loaded; the chosen one stays chosen. Hold the queue.
 

@@ -100,6 +100,7 @@ from spo.webui.forge.vae import (
     decode,
     encode,
 )
+from spo.webui.forked import refuse_demo
 
 __all__ = [
     "TURNS",
@@ -166,6 +167,7 @@ __all__ = [
     "refresh_button",
     "refresh_checkpoints",
     "refresh_loras",
+    "refuse_demo",
     "refuse_training",
     "repeat_arguments",
     "report",

@@ -5,6 +5,7 @@ For the seam's folders of such WebUIs alone; torch only, so that it is tried wit
 and they merge LoRAs into the weights by the names of modules, among which an adapter of ours would stand in the way.
 """
 
+from spo.webui.forked.demo import refuse_demo
 from spo.webui.forked.inference import ordinary, ordinary_weights, outside_inference
 from spo.webui.forked.layers import adding_in_place, linear_for_peft
 from spo.webui.forked.patching import adapters_aside, plain_names_in
@@ -17,4 +18,5 @@ __all__ = [
     "ordinary_weights",
     "outside_inference",
     "plain_names_in",
+    "refuse_demo",
 ]

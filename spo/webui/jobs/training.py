@@ -209,6 +209,7 @@ def start_training(request: TrainingRequest, *, in_line: bool = False) -> Job:
 
 def start_demo() -> Job:
     """Put the demo checkpoint into the WebUI, load it, and train on it. Raises SpoError for what cannot work."""
+    webui.refuse_demo()
     install_demo(webui.models_folder(), webui.checkpoint_folder())
     webui.refresh_checkpoints()
     prompts = read_prompts(folders.BUNDLED_PROMPTS)

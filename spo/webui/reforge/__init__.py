@@ -66,6 +66,7 @@ from spo.webui.a1111 import (
     with_styles,
     xyz_plots,
 )
+from spo.webui.forked import refuse_demo
 from spo.webui.reforge.borrowing import pinned, trainable
 from spo.webui.reforge.checkpoint import loaded_checkpoint, refuse_training, tensors_of
 from spo.webui.reforge.loop import predictions_shifted, script_class
@@ -149,6 +150,7 @@ __all__ = [
     "refresh_button",
     "refresh_checkpoints",
     "refresh_loras",
+    "refuse_demo",
     "refuse_training",
     "repeat_arguments",
     "report",

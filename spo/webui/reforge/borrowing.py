@@ -93,7 +93,7 @@ def trainable(checkpoint: Checkpoint) -> Iterator[None]:
     model, network = checkpoint.model, checkpoint.network
     tiling = model.tiling_enabled
     ordinary_weights(network)
-    with _names(model, network), _differentiable(network), _memory_saving_attention():
+    with _names(model, network), _differentiable(network), _memory_saving_attention(), _schedule_in_force(model):
         processing.apply_circular_forge(model, False)
         try:
             yield
@@ -116,6 +116,37 @@ def _differentiable(network: nn.Module) -> Any:
         type(one).__name__ == "BasicTransformerBlock" and hasattr(one, "_forward") for one in network.modules()
     )
     return adding_in_place(network) if in_place else nullcontext()
+
+
+@contextmanager
+def _schedule_in_force(model: Any) -> Iterator[None]:
+    """Zero terminal SNR, by the settings or by the file, which reForge puts in for the time of sampling alone.
+
+    Inside it holds all the time, for the training step too, and sampling finds it as it is. Forge classic changes the
+    levels of its samplers when it loads, and those of the network never.
+    """
+    from modules import processing, sd_models, shared
+
+    rescaled = getattr(processing, "rescale_zero_terminal_snr_sigmas", None)
+    wanted = getattr(model, "ztsnr", False) or getattr(shared.opts, "sd_noise_schedule", "") == "Zero Terminal SNR"
+    if rescaled is None or not wanted:
+        yield
+        return
+    sampling, override = model.forge_objects.unet.model.model_sampling, sd_models.apply_alpha_schedule_override
+    levels, alphas = sampling.sigmas, model.alphas_cumprod
+    sampling.set_sigmas(rescaled(levels))
+    if not getattr(shared.opts, "use_old_clip_g_load_and_ztsnr_application", False):
+        model.alphas_cumprod_original = alphas
+        override(model)
+    processing.rescale_zero_terminal_snr_sigmas = lambda sigmas: sigmas
+    sd_models.apply_alpha_schedule_override = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        processing.rescale_zero_terminal_snr_sigmas = rescaled
+        sd_models.apply_alpha_schedule_override = override
+        sampling.set_sigmas(levels)
+        model.alphas_cumprod = alphas
 
 
 @contextmanager
