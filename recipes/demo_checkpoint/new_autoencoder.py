@@ -3,9 +3,10 @@
     python -m recipes.demo_checkpoint.new_autoencoder --flat <emoji-datasource-google>
         --fluent <@lobehub/fluent-emoji-3d> --work <scratch> --out <result>
 
-What was trained on those latents stays as it is: UNet, preference model, LoRAs. The new decoder learns to turn the old
-encoder's latents, noisy as a UNet's are, into the pictures; the new encoder learns the old one's latents. Half of the
-examples and more show core subjects, which is what the UNet draws.
+What was trained on those latents stays as it is: UNet, preference model, LoRAs. The new autoencoder begins with the old
+one's weights as far as they fit, and is wider where they do not. Its decoder learns to turn the old encoder's latents,
+noisy as a UNet's are, into the pictures; its encoder learns the old one's latents. Half of the examples and more show
+core subjects, which is what the UNet draws.
 
 Both make fixed numbers of steps from a seed and go on where they were cut off (`steps`). Written to --out:
 demo.safetensors, demo.yaml and reconstructions.png (pictures, the old autoencoder's versions, the new one's).
@@ -28,7 +29,7 @@ from safetensors.torch import save_file
 from recipes.demo_checkpoint.autoencoder import colour_loss, gradient_loss
 from recipes.demo_checkpoint.checkpoint import config_yaml, ldm_vae
 from recipes.demo_checkpoint.ldm_names import ldm_vae_name
-from recipes.demo_checkpoint.networks import SCALE_FACTOR, VAE, VaeShape, build_vae, parameter_count
+from recipes.demo_checkpoint.networks import SCALE_FACTOR, VaeShape, build_vae, parameter_count
 from recipes.demo_checkpoint.pictures import (
     CHOICE,
     SIZE_PX,
@@ -46,6 +47,7 @@ from spo.demo.judge import HERE
 from spo.files import write_text, write_whole
 
 PREFIX = "first_stage_model."
+SHAPE = VaeShape(64, (1, 1, 1, 1), 1)  # two channels in each group of LDM's norms, and 22 MB in all
 # as the demo's UNet learnt its subjects; colours reach further, for LoRAs that make them vivid
 JITTER = Jitter(sizes_px=(56, 60), shifts_px=1, saturations=(0.3, 1.6), flipped=0.0, tinted=0.0)
 RENDERINGS = 8
@@ -82,6 +84,24 @@ def read_vae(path: Path) -> Any:
     tensors = read_tensors(file, names.values())
     vae.load_state_dict({ours: tensors[name].float().view_as(vae.state_dict()[ours]) for ours, name in names.items()})
     return vae.eval().requires_grad_(False)
+
+
+def grown(old: Any) -> Any:
+    """An autoencoder of `SHAPE` with another one's weights: where it is twice as wide each channel is there twice, side
+    by side and so in one group of the norms, almost alike, and counts half; what the other one lacks is as untrained.
+    """
+    vae = build_vae(SHAPE)
+    theirs, weights = old.state_dict(), vae.state_dict()
+    for name, weight in weights.items():
+        tensor = theirs.get(name)
+        for dim in range(weight.ndim if tensor is not None else 0):
+            if tensor.shape[dim] != weight.shape[dim]:
+                tensor = tensor.repeat_interleave(2, dim) / (2 if dim else 1)
+                tensor = tensor * (1 + 0.05 * torch.randn_like(tensor))
+        if tensor is not None:
+            weights[name] = tensor
+    vae.load_state_dict(weights)
+    return vae
 
 
 @torch.no_grad()
@@ -166,7 +186,7 @@ def write_checkpoint(source: Path, vae: Any, out: Path) -> None:
     tensors = read_tensors(file, [name for name in file.tensors if not name.startswith(PREFIX)])
     tensors |= {f"{PREFIX}{name}": tensor.half().contiguous() for name, tensor in ldm_vae(vae).items()}
     write_whole(out / "demo.safetensors", lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-    write_text(out / "demo.yaml", config_yaml(VAE))
+    write_text(out / "demo.yaml", config_yaml(SHAPE))
 
 
 @torch.no_grad()
@@ -205,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     old = read_vae(given.checkpoint)
     examples = make_examples(given.flat, given.fluent, old, given.work / "examples.pt")
     torch.manual_seed(0)
-    new = build_vae(VAE).to(given.device, memory_format=torch.channels_last)
+    new = grown(old).to(given.device, memory_format=torch.channels_last)
     train_decoder(new, examples, given.decoder_steps, given.decoder_batch, given.work, given.save_every)
     train_encoder(new, examples, given.encoder_steps, given.encoder_batch, given.work, given.save_every)
     new = new.to("cpu").eval()

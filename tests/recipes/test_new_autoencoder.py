@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from recipes.demo_checkpoint.new_autoencoder import PREFIX, main, make_examples, read_vae
+from recipes.demo_checkpoint.new_autoencoder import PREFIX, grown, main, make_examples, read_vae
 from spo.checkpoint.tensor_file import open_tensor_file, read_tensors
 from spo.demo.judge import HERE
 
@@ -51,3 +51,15 @@ def test_examples_are_the_old_encoders(emoji):
     pixels, moments = examples.batch(3)
     mean = vae.encode(pixels).latent_dist.mean
     assert torch.allclose(mean, moments[:, :4], atol=0.02 * float(mean.abs().max()))
+
+
+def test_it_begins_with_the_old_weights():
+    """What fits is the same; of a width twice as large two channels are one of the old ones, but for a little noise."""
+    old = read_vae(HERE / "demo.safetensors")
+    new = grown(old).state_dict()
+    assert torch.equal(new["decoder.mid_block.resnets.0.conv1.weight"], old.decoder.mid_block.resnets[0].conv1.weight)
+    theirs, ours = old.encoder.conv_in.weight, new["encoder.conv_in.weight"]
+    assert ours.shape[0] == 2 * theirs.shape[0]
+    assert torch.allclose(ours.unflatten(0, (-1, 2)).mean(1), theirs, rtol=0.2, atol=0)
+    last = new["decoder.conv_out.weight"].unflatten(1, (-1, 2)).sum(2)
+    assert torch.allclose(last, old.decoder.conv_out.weight, rtol=0.2, atol=0)
