@@ -8,7 +8,10 @@ WebUI of this process take one with fewer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from tests import tiny_checkpoints
 
@@ -35,19 +38,26 @@ def write_missing(folder: Path) -> None:
 
 def few_blocks() -> None:
     """Make the WebUI of this process take `spo-test-sdxl` for SDXL, and make its wide text encoder as small."""
-    from ldm_patched.modules import supported_models
     from transformers import CLIPTextConfig
 
-    supported_models.SDXL.unet_config["transformer_depth"] = [depth for depth in DEPTHS for _ in range(2)]
-    read = CLIPTextConfig.from_json_file
+    if find_spec("ldm_patched") is not None:
+        from ldm_patched.modules.supported_models import SDXL
+    else:
+        from huggingface_guess.model_list import SDXL
 
-    def from_json_file(path: str) -> CLIPTextConfig:
-        config = read(path)
-        if config.num_hidden_layers > 12:
-            config.num_hidden_layers = WIDE_LAYERS
-        return config
+    SDXL.unet_config["transformer_depth"] = [depth for depth in DEPTHS for _ in range(2)]
 
-    CLIPTextConfig.from_json_file = from_json_file  # type: ignore[method-assign]
+    def with_few_layers(read: Callable[..., CLIPTextConfig]) -> Callable[..., CLIPTextConfig]:
+        def read_it(*args: Any, **kwargs: Any) -> CLIPTextConfig:
+            config = read(*args, **kwargs)
+            if config.num_hidden_layers > 12:
+                config.num_hidden_layers = WIDE_LAYERS
+            return config
+
+        return read_it
+
+    for name in ("from_json_file", "from_pretrained"):
+        setattr(CLIPTextConfig, name, with_few_layers(getattr(CLIPTextConfig, name)))
 
 
 if __name__ == "__main__":

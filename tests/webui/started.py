@@ -17,6 +17,7 @@ from tests.webui import fork_checkpoints
 
 FOLDER = os.environ.get("SPO_WEBUI_DIR")
 IS_FORK = bool(FOLDER) and (Path(str(FOLDER)) / "modules_forge").is_dir()
+IS_FORGE = IS_FORK and not (Path(str(FOLDER)) / "ldm_patched").is_dir()  # with the package `backend`; Forge's, neo's
 SD15, SDXL = ("spo-test-sd15", "spo-test-sdxl") if IS_FORK else ("tiny-sd1", "tiny-sdxl")
 SIZE = 64 if IS_FORK else 128  # of test pictures; a fork's VAE is of full size, and slow on a CPU
 

@@ -19,7 +19,7 @@ import torch
 from spo.preference import load as preference_load
 from tests.tiny_host import MeanOfChannel
 from tests.webui import started
-from tests.webui.test_host import load, pytestmark, txt2img, webui  # noqa: F401 - a fixture and a mark
+from tests.webui.test_host import load, networks_of, pytestmark, tree_of, txt2img, webui  # noqa: F401 - a fixture, a mark
 
 RUNS = 20 if started.IS_FORK else 50  # forks are slow on a CPU
 KINDS = ("preference", "optimizer", "nan", "stop", "abandon", "interrupt", "reload")
@@ -104,7 +104,7 @@ def test_faults_leave_no_trace(webui, monkeypatch, checkpoint):  # noqa: F811
 
     model = load(checkpoint)
     before = txt2img("Euler a")
-    tree = [(key, id(module), module.training) for key, module in model.named_modules()]
+    tree = tree_of(model)
     ended, memory, chance = {}, [], random.Random(1)
     threads = None
     for number in range(RUNS // 2):
@@ -114,8 +114,8 @@ def test_faults_leave_no_trace(webui, monkeypatch, checkpoint):  # noqa: F811
         ended.setdefault(kind, []).append(job.phase)
         assert job.phase in ("stopped", "failed"), (kind, job.phase, job.message)
         assert np.array_equal(txt2img("Euler a"), before), kind
-        assert [(key, id(module), module.training) for key, module in model.named_modules()] == tree, kind
-        assert not any(parameter.grad is not None for parameter in model.parameters())
+        assert tree_of(model) == tree, kind
+        assert not any(parameter.grad is not None for parameter in networks_of(model).parameters())
         assert not shared.state.interrupted
         assert shared.state.job == ""
         if (folders.run_folder(name) / "config.json").exists():

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from torch import nn
+
 from spo.webui.forge.checkpoint import Checkpoint
 from spo.webui.forge.loras import active_networks, lora_extension
 from spo.webui.forked import adding_in_place, linear_for_peft, ordinary_weights, outside_inference, plain_names_in
@@ -46,7 +48,9 @@ def trainable(checkpoint: Checkpoint) -> Iterator[None]:
     from backend import memory_management
 
     network = checkpoint.network
+    flags = {name: weight.requires_grad for name, weight in network.named_parameters()}
     with ExitStack() as stack:
+        stack.callback(_set_flags, network, flags)
         for name in _MOVES:
             move = getattr(memory_management, name)
             stack.callback(setattr, memory_management, name, move)
@@ -58,6 +62,11 @@ def trainable(checkpoint: Checkpoint) -> Iterator[None]:
         stack.enter_context(_memory_saving_attention())
         ordinary_weights(network)
         yield
+
+
+def _set_flags(network: nn.Module, flags: dict[str, bool]) -> None:
+    for name, weight in network.named_parameters():
+        weight.requires_grad_(flags.get(name, False))
 
 
 @contextmanager
