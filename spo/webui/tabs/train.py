@@ -54,7 +54,7 @@ def build() -> TrainTab:
     filling = form.Filling(form.usual_preset("", loaded), loaded.architecture or "sd15", memory=form.usual_memory(card))
     values = form.preset_values(filling.preset, filling.architecture, filling.memory)
     shown = dict(zip(form.names(), values, strict=True))
-    with gr.Column(visible=not folders.run_names(), elem_id="spo_newcomer") as newcomer:
+    with gr.Column(visible=_is_new_here(), elem_id="spo_newcomer") as newcomer:
         gr.HTML(_NEW_HERE)
         with gr.Row():
             demo = gr.Button("Try it: a demo of a few minutes", variant="primary", scale=4, elem_id="spo_try")
@@ -217,11 +217,20 @@ def read_lists(preference: str | None) -> list[Any]:
     loaded = webui.glance()
     usual = preference or folders.usual_preference(loaded.architecture or "sd15", loaded.file_name) or None
     return [
-        gr.update(visible=not folders.run_names()),
+        gr.update(visible=_is_new_here()),
         gr.update(choices=folders.preference_choices(), value=usual),
         gr.update(choices=saved_settings.names()),
         *(gr.update(choices=form.choices_of(name)) for name in _LISTED),
     ]
+
+
+def _is_new_here() -> bool:
+    """Whether to offer the demo: no run yet, in a WebUI that takes the demo checkpoint."""
+    try:
+        webui.refuse_demo()
+    except SpoError:
+        return False
+    return not folders.run_names()
 
 
 def _request(given: tuple[Any, ...]) -> TrainingRequest:
