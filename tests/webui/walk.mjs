@@ -4,7 +4,8 @@
 //     npm install playwright-core; node tests/webui/walk.mjs http://127.0.0.1:7860 FOLDER_FOR_PICTURES
 //
 // CHROMIUM names the browser (default /usr/bin/chromium), UPDATES the length of the run (default 110), NAME the LoRA;
-// FROM=compare begins at the comparison, with a LoRA that is there. Exit 1: a step failed.
+// FROM=compare begins at the comparison, with a LoRA that is there. CHECKPOINT, PREFERENCE: another checkpoint than the
+// demo's, which forks do not take, and a preference model that is there. Exit 1: a step failed.
 import { expect, fill, inner, message, open, page, pause, phase, pick, shot, tab, until, value, walk } from "./walk_steps.mjs";
 
 const UPDATES = process.env.UPDATES || "110";
@@ -12,10 +13,11 @@ const NAME = process.env.NAME || "vivid";
 
 async function train() {
     await open();
-    await pick("setting_sd_model_checkpoint", "spo-demo");
+    await pick("setting_sd_model_checkpoint", process.env.CHECKPOINT || "spo-demo");
     await pause(5000);
     await tab("SPO");
     await pick("spo_preset", "Demo checkpoint");
+    if (process.env.PREFERENCE) await pick("spo_preference", process.env.PREFERENCE);
     await page.locator("#spo_bundled").click();
     await pause(800);
     await fill("spo_name", NAME);
@@ -84,7 +86,7 @@ await walk(async () => {
     await page.keyboard.press("Tab");
     await fill("spo_compare_prompts", "strawberry\nowl\nrocket");
     await fill("spo_compare_seeds", "1, 2");
-    await pick("spo_compare_preference", "demo");
+    await pick("spo_compare_preference", process.env.PREFERENCE || "demo");
     for (const side of ["width", "height"]) await fill(`spo_compare_${side}`, "64");
     await page.locator("#spo_compare_start").click();
     const compared = () => page.locator("#spo_compare_status .spo-status").first().evaluate((e) => e.dataset.phase);

@@ -4,17 +4,19 @@
 //     npm install playwright-core; node tests/webui/walk_votes.mjs http://127.0.0.1:7860 FOLDER_FOR_PICTURES
 //
 // VOTES (default 60; of pools 12), SIZE (2 or 4 pictures at a time), UPDATES (default 60; 0: without training), NAME
-// (default by-votes), CHROMIUM as in walk.mjs. Exit 1: a step failed.
+// (default by-votes), CHROMIUM as in walk.mjs. CHECKPOINT and VOTE_STEPS: another checkpoint than the demo's, which forks
+// do not take, and how many sampling steps its pictures get. Exit 1: a step failed.
 import { expect, fill, inner, open, page, pause, phase, pick, shot, tab, until, vote, walk } from "./walk_steps.mjs";
 
 const SIZE = Number(process.env.SIZE || "2");
 const VOTES = Number(process.env.VOTES || (SIZE === 2 ? "60" : "12"));
 const UPDATES = process.env.UPDATES || "60";
 const NAME = process.env.NAME || "by-votes";
+const CHECKPOINT = process.env.CHECKPOINT || "spo-demo";
 const shown = (name) => page.locator("#spo_vote_pair .spo-vote").first().evaluate((e, name) => e.dataset[name], name);
 await walk(async () => {
     await open(1280, 1000);
-    await pick("setting_sd_model_checkpoint", "spo-demo");
+    await pick("setting_sd_model_checkpoint", CHECKPOINT);
     await pause(5000);
     await tab("SPO");
     await inner("Preference");
@@ -23,6 +25,7 @@ await walk(async () => {
     await page.locator("#spo_vote_bundled").click();
     if (SIZE === 4) await page.locator("#spo_vote_size label", { hasText: "Four" }).click();
     for (const side of ["width", "height"]) await fill(`spo_vote_${side}`, "64");
+    if (process.env.VOTE_STEPS) await page.locator("#spo_vote_steps input[type=number]").fill(process.env.VOTE_STEPS);
     await page.locator("#spo_vote_start").click();
     const began = Date.now();
     let last = "";
