@@ -152,8 +152,12 @@ def config_for(folder: Path, name, architecture, **changes):
 
 @pytest.mark.parametrize("scheduler", ["Automatic", "Karras"])
 @pytest.mark.parametrize(("name", "architecture"), CHECKPOINTS)
-def test_one_candidate_is_euler_a(webui, name, architecture, scheduler):
+def test_one_candidate_is_euler_a(webui, monkeypatch, name, architecture, scheduler):
+    from modules import shared
+
     load(name)
+    # Forge classic's own samplers leave guidance out of the first step at 0 already (step <= 0); ours have it there
+    monkeypatch.setitem(shared.opts.data, "skip_early_cond", -1.0)
     euler, spo = txt2img("Euler a", scheduler=scheduler), one_candidate(scheduler=scheduler)
     assert euler.std() > 5
     assert np.abs(euler - spo).max() <= 1
