@@ -100,9 +100,10 @@ def make_all_pairs(work: Path) -> None:
             some = prompts[first : first + BATCH]
             from_step = 2 + first // BATCH % 9
             made = make_pairs(host, some, [stable_seed(part, first + n) % 2**32 for n in range(len(some))], from_step)
+            pixels = torch.stack([pair.pixels for pair in made]).clamp(-1, 1)  # the decoder's go a little beyond
             tensors = {
                 "latents": torch.stack([pair.latents for pair in made]),
-                "pixels": torch.stack([((pair.pixels + 1) * 127.5).round().byte() for pair in made]).contiguous(),
+                "pixels": ((pixels + 1) * 127.5).round().byte().contiguous(),
             }
             write_whole(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))
             print(path.name, flush=True)

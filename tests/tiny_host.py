@@ -82,6 +82,9 @@ class TinyHost:
         assert self.prepared.issuperset(prompts)
         return Conditioning(torch.stack([torch.randn(5, WIDTH, generator=generator(prompt)) for prompt in prompts]))
 
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        return self.conditioning(prompts).cross_attention.mean(1)
+
     def arguments(self, prompts: Sequence[str]) -> dict:
         negative = Conditioning(torch.zeros(len(prompts), 5, WIDTH))
         return {
@@ -100,7 +103,9 @@ class TinyHost:
             settings=settings,
             draws=draws,
             alphas_cumprod=self.alphas_cumprod,
-            scoring=None if preference is None else Scoring(preference, prompts, self.decode, watch),
+            scoring=None
+            if preference is None
+            else Scoring(preference, prompts, self.decode, watch, self.text_features(prompts)),
             repeat=repeat_conditioning,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from spo.preference.taste.fit import FitSettings, VoteSet
@@ -22,6 +24,21 @@ def pair(number: int, prompt: str = "a cat") -> VotePair:
 def answer(made: VotePair) -> str:
     means = made.latents[:, 0].mean((1, 2))
     return "left" if means[0] > means[1] else "right"
+
+
+def text_of(number: int) -> torch.Tensor:
+    """[6] the feature of one of 20 prompts, which says in direction 2 of which of two kinds the prompt is."""
+    text = 0.3 * torch.randn(6, generator=generator("text", number % 20))
+    text[2] += 1.0 if number % 2 else -1.0
+    return text
+
+
+def vote_set_by_prompt(count: int, flips: bool = True) -> VoteSet:
+    """Votes that follow the rule for prompts of one kind, and where it flips its opposite for those of the other."""
+    votes = vote_set(count)
+    other = torch.arange(count) % 2 == 1
+    answers = torch.where(other & flips, 1 - votes.answers, votes.answers)
+    return replace(votes, answers=answers, texts=torch.stack([text_of(n) for n in range(count)]))
 
 
 def vote_set(count: int, truth: bool = True) -> VoteSet:

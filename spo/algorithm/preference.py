@@ -22,6 +22,7 @@ class Candidates:
               `needs_denoised` being off. Of the last pool, the finished latents (see `rollout`)
     decode    [N, C, H, W] latents -> [N, 3, 8 H, 8 W] pictures about [-1, 1], float32; not clamped, since the published
               scorer clamps after its resize
+    text      [B, D] the checkpoint's own feature of each image's prompt, as far as it is known (`Host.text_features`)
     """
 
     x: Tensor
@@ -29,6 +30,7 @@ class Candidates:
     timestep: float
     denoised: Tensor | None
     decode: Callable[[Tensor], Tensor]
+    text: Tensor | None = None
 
     def prediction(self) -> Tensor:
         """`denoised`, for a preference model that needs it. Raises ValueError where it was not evaluated."""

@@ -72,12 +72,14 @@ class Scoring:
     preference, prompts  the model and the B prompts that it judges by
     decode  [N, C, H, W] latents -> [N, 3, 8 H, 8 W] pictures in [-1, 1]; needed by a model that looks at pictures
     watch   called with every verdict
+    text    [B, D] see `Candidates`
     """
 
     preference: PreferenceModel
     prompts: Sequence[str]
     decode: Callable[[Tensor], Tensor] | None = None
     watch: Callable[[PoolVerdict], None] | None = None
+    text: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -343,7 +345,9 @@ def _window(walk: _Walk, latents: Tensor, denoised: Tensor, first: int, last: in
         predicted = walk.finished(latents)
     elif preference.needs_denoised:
         predicted = walk.denoise(latents, level)
-    pool = Candidates(latents, float(walk.ladder[level]), walk.timesteps[level], predicted, _decoder(scoring.decode))
+    pool = Candidates(
+        latents, float(walk.ladder[level]), walk.timesteps[level], predicted, _decoder(scoring.decode), scoring.text
+    )
     scores = preference.score(pool, scoring.prompts).float()
     if not bool(torch.isfinite(scores).all()):
         raise SpoError(f'The preference model "{preference.name}" gave a score that is not finite at step {last}.')

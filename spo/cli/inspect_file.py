@@ -46,9 +46,7 @@ def describe_file(path: Path) -> str:
     file = open_tensor_file(path)
     if (preference := recognised(file)) is not None:
         is_head = preference.name == "taste head"
-        return (
-            describe_taste(read_taste(file, path.stem, ON_CPU).facts) if is_head else describe_preference(path).text()
-        )
+        return describe_taste(read_taste(file, path.stem, ON_CPU)) if is_head else describe_preference(path).text()
     kind = kind_of(file)
     if kind.family == "checkpoint":
         return "\n".join(describe_checkpoint(inspect_checkpoint(path)))

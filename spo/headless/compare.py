@@ -57,7 +57,8 @@ def samples(
     def some(rows: range) -> tuple[Tensor, Tensor, Tensor]:
         part = slice(rows.start, rows.stop)
         rollout = plain_rollout(host, prompts[part], seeds[part], eta)
-        pool = Candidates(rollout.x[None], rollout.sigma, 0.0, rollout.x[None], host.decode)
+        text = host.text_features(prompts[part])
+        pool = Candidates(rollout.x[None], rollout.sigma, 0.0, rollout.x[None], host.decode, text)
         pixels = pool.pixels()[0].clamp(-1, 1).cpu()
         return rollout.x.cpu(), pixels, preference.score(pool, prompts[part])[0].cpu()
 

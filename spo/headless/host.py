@@ -92,6 +92,10 @@ class HeadlessHost:
         """[N] rows on the device for prompts that `prepare` has encoded."""
         return self._encoded.take(prompts, self.device)
 
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """See `training.host.Host`."""
+        return self._encoded.means(prompts)
+
     def arguments(self, prompts: Sequence[str]) -> dict[str, Any]:
         return {
             "cond": self.conditioning(prompts),
@@ -122,7 +126,9 @@ class HeadlessHost:
             settings=settings,
             draws=draws,
             alphas_cumprod=self.alphas_cumprod,
-            scoring=None if preference is None else Scoring(preference, prompts, self.decode, watch),
+            scoring=None
+            if preference is None
+            else Scoring(preference, prompts, self.decode, watch, self.text_features(prompts)),
             repeat=repeat_conditioning,
         )
 

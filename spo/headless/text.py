@@ -192,6 +192,10 @@ class EncodedPrompts:
         """[N] rows on `device`, all of `chunks` chunks."""
         return Conditioning.cat([self._filled_up(self._rows[prompt]) for prompt in prompts]).to(device)
 
+    def means(self, prompts: Sequence[str]) -> Tensor:
+        """[N, D] float32 means over each prompt's first chunk, so that they do not depend on the prompts beside it."""
+        return torch.stack([self._rows[prompt].cross_attention[0, :PLACES].float().mean(0) for prompt in prompts])
+
     def _filled_up(self, row: Conditioning) -> Conditioning:
         lacking = self._chunks - row.cross_attention.shape[1] // PLACES
         if not lacking or self._empty is None:

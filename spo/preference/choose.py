@@ -52,12 +52,13 @@ def sample_best(
     eta: float = 1.0,
     decode: Callable[[Tensor], Tensor] | None = None,
     callback: Callable[[dict[str, Any]], None] | None = None,
+    text: Tensor | None = None,
 ) -> Tensor:
     """[B, C, H, W] final latents: ancestral sampling in which each step is the best of `candidates` draws.
 
-    model is `model(x [B, C, H, W], sigma [B]) -> denoised`; the other arguments are as in `sample_spo`; prompts [B]. A
-    preference model of noisy latents needs one network evaluation a step, as plain sampling does; another one as many
-    as there are candidates, one candidate at a time.
+    model is `model(x [B, C, H, W], sigma [B]) -> denoised`; the other arguments are as in `sample_spo`; prompts [B],
+    text [B, D] their features (`Candidates`). A preference model of noisy latents needs one network evaluation a step,
+    as plain sampling does; another one as many as there are candidates, one candidate at a time.
     Raises SpoError for fewer than 2 or more than `MAX_CANDIDATES`, and for eta 0, with which all would be the same.
     """
     if not 2 <= candidates <= MAX_CANDIDATES:
@@ -68,7 +69,7 @@ def sample_best(
     settings = RolloutSettings(
         candidates=candidates, divert_start_step=0, threshold=float("inf"), eta=eta, candidates_per_call=1
     )
-    scoring = Scoring(best, list(prompts), decode)
+    scoring = Scoring(best, list(prompts), decode, text=text)
     return sample_spo(
         model, x, sigmas, callback=callback,
         settings=settings, draws=best, alphas_cumprod=alphas_cumprod, scoring=scoring,

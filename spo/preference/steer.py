@@ -38,10 +38,15 @@ MAX_STRENGTH = 2.0  # beyond it pictures break (docs/taste.md)
 
 @dataclass(frozen=True)
 class Steering:
-    """How predictions are bent. strength: 0 (not at all) to `MAX_STRENGTH`; below 0: away from what is preferred."""
+    """How predictions are bent.
+
+    strength  0 (not at all) to `MAX_STRENGTH`; below 0: away from what is preferred
+    text      [N, D] features of the prompts of the N latents (`Host.text_features`), for a head that reads them
+    """
 
     head: TasteHead
     strength: float
+    text: Tensor | None = None
 
     def shift(self, x: Tensor, sigma: Tensor) -> Tensor:
         """What to add to the prediction of the clean latent, [N, C, H, W] float32, no gradient.
@@ -77,15 +82,16 @@ class Steering:
         with torch.inference_mode(False), torch.enable_grad(), without_autocast(x.device):
             level = sigma.detach().clone().float().to(x.device)
             seen = network_input(x.detach().clone().float(), level).requires_grad_()
-            return torch.autograd.grad(self._scores(seen, level).mean(0).sum(), seen)[0]
+            codes = self.head.prompt_codes(None if self.text is None else self.text.clone(), x.device)
+            return torch.autograd.grad(self._scores(seen, level, codes).mean(0).sum(), seen)[0]
 
-    def _scores(self, latents: Tensor, sigma: Tensor) -> Tensor:
+    def _scores(self, latents: Tensor, sigma: Tensor, codes: Tensor | None) -> Tensor:
         """[members, N]. All members at once: on few small latents the calls cost more than the arithmetic."""
         weights = {name: tensor.to(latents.device) for name, tensor in self._weights.items()}
         network = self.head.members[0]
 
         def score(weights: dict[str, Tensor]) -> Tensor:
-            return functional_call(network, weights, (latents, sigma))
+            return functional_call(network, weights, (latents, sigma, codes))
 
         return vmap(score)(weights)
 
@@ -96,9 +102,11 @@ class Steering:
         return {name: tensor.detach() for name, tensor in {**weights, **buffers}.items()}
 
 
-def steering(model: PreferenceModel, strength: float) -> Steering:
-    """Steering by a loaded model. Raises SpoError for one that does not read noisy latents, and for a strength that is
-    out of range."""
+def steering(model: PreferenceModel, strength: float, text: Tensor | None = None) -> Steering:
+    """Steering by a loaded model; text as in `Steering`.
+
+    Raises SpoError for a model that does not read noisy latents, and for a strength that is out of range.
+    """
     if not isinstance(model, TasteHead):
         raise SpoError(
             f'"{model.name}" cannot steer: the gradient of its score would go through the network or the VAE; '
@@ -106,7 +114,7 @@ def steering(model: PreferenceModel, strength: float) -> Steering:
         )
     if not -MAX_STRENGTH <= strength <= MAX_STRENGTH:  # NaN, too
         raise SpoError(f"strength is {strength}; accepted are {-MAX_STRENGTH:g} to {MAX_STRENGTH:g}.")
-    return Steering(model, strength)
+    return Steering(model, strength, text)
 
 
 def steered(model: Callable[..., Tensor], by: Steering) -> Callable[..., Tensor]:

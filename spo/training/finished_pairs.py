@@ -188,7 +188,8 @@ def _made(
         rollout = host.rollout(texts * 2, seeds, plain, None, None)
         sides = rollout.x.unflatten(0, (2, -1))
         with torch.no_grad():
-            scores = preference.score(Candidates(sides, rollout.sigma, 0.0, sides, host.decode), texts).float()
+            pool = Candidates(sides, rollout.sigma, 0.0, sides, host.decode, host.text_features(texts))
+            scores = preference.score(pool, texts).float()
         chosen = select_pairs(scores, config.rollout.threshold)
         kept = chosen.kept.nonzero()[:, 0]
         return FinishedPairs(

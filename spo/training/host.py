@@ -47,6 +47,13 @@ class Host(Protocol):
         """Make these prompts known to the methods below, which take no others. May be called again, with others."""
         ...
 
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """[N, D] float32 on the CPU: the mean over the first 77 places of what the network is told of each prompt.
+
+        It is what preference models that read the prompt look at (`Candidates.text`). D is 768 in SD1.5, 2048 in SDXL.
+        """
+        ...
+
     def rollout(
         self,
         prompts: Sequence[str],

@@ -22,7 +22,7 @@ from spo.algorithm.preference import Candidates, PreferenceModel
 from spo.config import Config
 from spo.errors import SpoError
 from spo.preference.taste.fit import FittedTaste, VoteSet, fit_taste, read_vote_set
-from spo.preference.taste.head import TasteHead
+from spo.preference.taste.head import TasteHead, networks_of, tensors_of
 from spo.preference.taste.votes import VoteFolder
 from spo.preference.taste.waiting import WaitingPools
 from spo.rng import permutation, stable_seed
@@ -107,14 +107,21 @@ class LiveTaste:
 
     def state_dict(self) -> dict[str, Any]:
         """See `Stateful`."""
-        return {"fitted_to": self.fitted_to, "members": self.head.members.state_dict()}
+        first: Any = self.head.members[0]
+        return {"fitted_to": self.fitted_to, "members": tensors_of(self.head), "prompt_codes": first.codes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Stateful`. Raises SpoError for the members of another kind of head."""
+        first: Any = self.head.members[0]
+        codes = state.get("prompt_codes", 0)  # a head may have begun to read the prompt on the way
         try:
-            self.head.members.load_state_dict(state["members"])
-        except RuntimeError as error:
+            members, reader = networks_of(state["members"], len(self.head.members), first.width, first.stride, codes)
+        except (KeyError, RuntimeError) as error:
             raise SpoError("The run's taste head is of another size than the one given; take its own.") from error
+        place = first.enter.weight.device
+        self.head = TasteHead(members, self.head.facts, reader)
+        self.head.name = self.name
+        self.head.members.to(place)
         self.fitted_to = int(state["fitted_to"])
 
 

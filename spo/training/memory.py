@@ -189,7 +189,8 @@ class ScoredInPortions:
                 return self.model.score(candidates, prompts)
             part = slice(rows.start, rows.stop)
             denoised = None if candidates.denoised is None else candidates.denoised[:, part]
-            few = replace(candidates, x=candidates.x[:, part], denoised=denoised)
+            text = None if candidates.text is None else candidates.text[part]
+            few = replace(candidates, x=candidates.x[:, part], denoised=denoised, text=text)
             return self.model.score(few, prompts[part])
 
         advice = "choose small_decode, a smaller preference model, or preference_precision float16"

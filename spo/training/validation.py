@@ -101,7 +101,8 @@ def measure(
             raise StopRequested
         part = slice(mine.start + some.start, mine.start + some.stop)
         rollout = host.rollout(rows[part], seeds[part], plain, None, None)
-        pool = Candidates(rollout.x[None], rollout.sigma, 0.0, rollout.x[None], host.decode)
+        text = host.text_features(rows[part])
+        pool = Candidates(rollout.x[None], rollout.sigma, 0.0, rollout.x[None], host.decode, text)
         scores = torch.full((len(rollout.x),), torch.nan)
         if scorer is not None:
             scores = scorer.score(pool, rows[part])[0].float().cpu()

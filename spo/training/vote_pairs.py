@@ -43,7 +43,7 @@ def make_pairs(
     return [
         VotePair(
             prompt, latents, pixels, left, right, _step(from_step), host.architecture, host.checkpoint_name,
-            host.checkpoint_hash,
+            host.checkpoint_hash, _text(host, prompt),
         )
         for prompt, latents, pixels, (left, right) in made
     ]  # fmt: skip
@@ -70,7 +70,7 @@ def make_pools(
     return [
         VotePool(
             prompt, latents, tuple(to_picture(one) for one in pixels), of, _step(from_step), host.architecture,
-            host.checkpoint_name, host.checkpoint_hash,
+            host.checkpoint_name, host.checkpoint_hash, _text(host, prompt),
         )
         for prompt, latents, pixels, of in made
     ]  # fmt: skip
@@ -103,6 +103,11 @@ def _make(
     made = [pictures for latents, pixels in parts for pictures in zip(latents, pixels, strict=True)]
     for n, (prompt, (latents, pixels)) in enumerate(zip(prompts, made, strict=True)):
         yield prompt, latents, pixels, tuple(row[n] for row in all_seeds)
+
+
+def _text(host: Host, prompt: str) -> Tensor:
+    """[D] on the CPU, without a gradient or a mode of inference that would forbid one later."""
+    return host.text_features([prompt])[0].detach().clone()
 
 
 def _other_seed(seed: int, number: int) -> int:

@@ -117,6 +117,11 @@ class WebUIHost:
         )
         webui.network_to_card(self.checkpoint)
 
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """See `training.host.Host`."""
+        assert self._encoded is not None
+        return self._encoded.text_features(prompts)
+
     def ladder(self) -> Tensor:
         """[T + 1] noise levels: the configured ones, on the loaded model's own schedule."""
         return ladder_of(self.config, self.alphas_cumprod.float().cpu())
@@ -139,7 +144,10 @@ class WebUIHost:
             if watch is not None:
                 watch(verdict)
 
-        scoring = None if preference is None else Scoring(preference, list(prompts), self.decode, checked_watch)
+        scoring = None
+        if preference is not None:
+            text = self.text_features(prompts)
+            scoring = Scoring(preference, list(prompts), self.decode, checked_watch, text)
 
         def sample(
             model: Callable[..., Tensor], x: Tensor, sigmas: Tensor, extra_args: Mapping[str, Any], **others: Any

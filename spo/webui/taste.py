@@ -106,7 +106,8 @@ def change_of(sampler_pass: webui.SamplerPass, values: Sequence[Any]) -> webui.L
     infotext = {_KEYS["model"]: name, _KEYS["how"]: request.how}
     if request.how == STEER:
         infotext[_KEYS["strength"]] = f"{request.strength:g}"
-        by = steering(_model(path), request.strength)
+        model = _model(path)
+        by = steering(model, request.strength, _text_for(model, sampler_pass))
         shift = by.shift if request.strength else None
         return webui.LoopChange(shift, infotext=infotext, remark=_remark(by.head.facts, sampler_pass))
     infotext[_KEYS["candidates"]] = str(request.candidates)
@@ -119,16 +120,33 @@ def change_of(sampler_pass: webui.SamplerPass, values: Sequence[Any]) -> webui.L
         raise SpoError(f"{TITLE}: the setting Eta is 0, so that Euler a adds no noise to choose from; set it above 0.")
     model = _model(path)
     facts = model.facts if isinstance(model, TasteHead) else TasteFacts()
-    chosen = partial(_chosen, model, sampler_pass.prompts, request.candidates, sampler_pass.eta)
+    text = _text_for(model, sampler_pass)
+    chosen = partial(_chosen, model, sampler_pass.prompts, text, request.candidates, sampler_pass.eta)
     return webui.LoopChange(function=chosen, infotext=infotext, remark=_remark(facts, sampler_pass))
 
 
-def _chosen(model: PreferenceModel, prompts: Sequence[str], candidates: int, eta: float, loop: webui.OwnLoop) -> Tensor:
+def _text_for(model: PreferenceModel, sampler_pass: webui.SamplerPass) -> Tensor | None:
+    """[B, D] the prompts' features, for a taste head that reads them; checked here, before the picture is begun."""
+    if not isinstance(model, TasteHead) or model.prompt_reader is None:
+        return None
+    text = sampler_pass.text()
+    model.prompt_codes(text, webui.device())
+    return text
+
+
+def _chosen(
+    model: PreferenceModel,
+    prompts: Sequence[str],
+    text: Tensor | None,
+    candidates: int,
+    eta: float,
+    loop: webui.OwnLoop,
+) -> Tensor:
     decode = partial(webui.decode, webui.loaded_checkpoint()) if model.needs_pixels else None
     return sample_best(
         loop.model, loop.x, loop.sigmas, callback=loop.callback,
         preference=model, prompts=prompts, candidates=candidates, draws=loop.draws,
-        alphas_cumprod=loop.alphas_cumprod, eta=eta, decode=decode,
+        alphas_cumprod=loop.alphas_cumprod, eta=eta, decode=decode, text=text,
     )  # fmt: skip
 
 

@@ -60,6 +60,9 @@ class VectorHost:
     def prepare(self, prompts: Sequence[str]) -> None:
         self.vectors = {prompt: torch.randn(8, generator=generator(prompt)) for prompt in prompts}
 
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        return torch.stack([self.vectors[prompt] for prompt in prompts])
+
     def rollout(
         self,
         prompts: Sequence[str],

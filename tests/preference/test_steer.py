@@ -8,7 +8,7 @@ from torch import nn
 
 from spo.errors import SpoError
 from spo.preference.steer import FULL, MAX_STRENGTH, NOISIEST, Steering, steered, steering
-from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork
+from spo.preference.taste.head import PromptReader, TasteFacts, TasteHead, TasteNetwork
 from tests.tiny_host import MeanOfChannel
 
 
@@ -19,7 +19,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight)
 
-    def forward(self, latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor, sigma: torch.Tensor, codes: object = None) -> torch.Tensor:
         assert latents.dtype == sigma.dtype == torch.float32
         return (latents * self.weight).flatten(1).sum(1) / (1 + sigma)
 
@@ -116,3 +116,19 @@ def test_what_cannot_steer_is_refused():
         Steering(random_head(), 1.0).shift(torch.randn(1, 16, 8, 8), torch.ones(1))
     with pytest.raises(SpoError, match="no finite gradient at sigma 1"):
         Steering(random_head(), 1.0).shift(torch.full((1, 4, 8, 8), float("nan")), torch.ones(1))
+
+
+def test_steering_follows_the_prompt():
+    torch.manual_seed(0)
+    members = [TasteNetwork(8, codes=3), TasteNetwork(8, codes=3)]
+    for member in members:
+        torch.nn.init.normal_(member.by_prompt[1].weight, std=3.0)
+    head = TasteHead(members, TasteFacts(), PromptReader(torch.zeros(5), torch.randn(3, 5)))
+    x, sigma, text = torch.randn(2, 4, 8, 8), torch.ones(2), torch.randn(2, 5)
+    both = Steering(head, 1.0, text).shift(x, sigma)
+    alone = Steering(head, 1.0, text[1:]).shift(x[1:], sigma[1:])
+    torch.testing.assert_close(both[1:], alone, atol=1e-5, rtol=0)
+    other = Steering(head, 1.0, -text).shift(x, sigma)
+    assert float((both * other).flatten(1).sum(1).max()) < float((both * both).flatten(1).sum(1).min()) * 0.9
+    with pytest.raises(SpoError, match="nothing is known of it"):
+        Steering(head, 1.0).shift(x, sigma)

@@ -85,7 +85,7 @@ def test_values_that_cannot_be_used_are_named(name, value, says):
 def sampler_pass(**changes):
     usual = {
         "architecture": "sd15", "checkpoint_name": "tiny-sd1", "checkpoint_hash": "", "sampler": "Euler a",
-        "ancestral": True, "prompts": ["a"], "seeds": [1], "eta": 1.0, "settings": {},
+        "ancestral": True, "prompts": ["a"], "seeds": [1], "text": lambda: torch.ones(1, 6), "eta": 1.0, "settings": {},
     }  # fmt: skip
     return SamplerPass(**{**usual, **changes})
 

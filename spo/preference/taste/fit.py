@@ -7,6 +7,10 @@ Large latents (32 and more on the shorter side) are read by a strided first laye
 (`TasteNetwork.noised_first`), out of a store: a window on numbers drawn once, which moves at random from update to
 update. At full size drawing noise for each pixel took longer than all else.
 
+Where the votes carry their prompts' text features, a second ensemble reads them, too, and is taken where it is surely
+better on the votes that its members left out. Most votes do not depend on the prompt: the second ensemble is given up
+after two members that are no better than the first two of the first.
+
 Votes are dealt into as many folds as the ensemble has members, and each member leaves one fold out. So every vote is
 held out from one member, the accuracy is that of members on votes they have not seen, and no vote is wasted.
 """
@@ -29,7 +33,15 @@ from torch import Tensor, nn
 from spo.algorithm.diffusion import network_input, scaled_linear_alphas_cumprod, training_sigmas
 from spo.algorithm.preference import Candidates, PreferenceModel
 from spo.errors import SpoError
-from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork, squares_of, stride_for
+from spo.preference.taste.head import (
+    PromptReader,
+    TasteFacts,
+    TasteHead,
+    TasteNetwork,
+    prompt_reader,
+    squares_of,
+    stride_for,
+)
 from spo.preference.taste.votes import Vote, VoteFolder
 from spo.report.tables import table
 from spo.report.win_rate import wilson_interval
@@ -82,16 +94,18 @@ def fit_member(
     member: int,
     progress: Callable[[float], None] | None = None,
     device: torch.device = _CPU,
+    codes: Tensor | None = None,
 ) -> TasteNetwork:
     """One member fitted to [N, 2, 4, h, w] clean latents and [N] answers (1 left, 0.5 tie, 0 right).
 
     progress  called with the share of updates done
     device    where it computes; random numbers and the result are the CPU's
+    codes     [N, codes] of the prompts (`PromptReader`), for a member that reads them
     """
     position = (settings.seed, "taste", member)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stable_seed(*position))
-        network = TasteNetwork(settings.width, stride_for(latents)).to(device)
+        network = TasteNetwork(settings.width, stride_for(latents), 0 if codes is None else codes.shape[1]).to(device)
     log_tie = nn.Parameter(torch.tensor(-1.0, device=device))
     groups: list[dict[str, Any]] = [
         {"params": list(network.parameters())},
@@ -117,15 +131,17 @@ def fit_member(
         sigma = sigmas[torch.randint(len(sigmas), (len(rows),), generator=draw)]
         clean = squares[rows]
         sigma_of_both = sigma.repeat_interleave(2).to(device)  # one level a pair, but independent noise: see above
+        codes_of_both = None if codes is None else codes[rows].repeat_interleave(2, 0).to(device)
         if noises is None:
             noise = torch.randn(clean.shape, generator=draw)
             noisy = (clean + sigma[:, None, None, None, None] * noise).flatten(0, 1).to(device)
-            both = network(network_input(noisy, sigma_of_both), sigma_of_both)
+            both = network(network_input(noisy, sigma_of_both), sigma_of_both, codes_of_both)
         else:
             flat = clean.flatten(0, 1).to(device)
             first = network.noised_first(flat, sigma_of_both, noises.of((*flat.shape[:2], network.width)))
             rows_and_columns = [side // network.stride for side in latents.shape[-2:]]
-            both = network.after_first(first.transpose(1, 2).unflatten(2, rows_and_columns), sigma_of_both)
+            squared = first.transpose(1, 2).unflatten(2, rows_and_columns)
+            both = network.after_first(squared, sigma_of_both, codes_of_both)
         scores = both.unflatten(0, (-1, 2))
         loss = davidson_loss(scores[:, 0] - scores[:, 1], answers[rows].to(device), log_tie).mean()
         optimizer.zero_grad(set_to_none=True)
@@ -153,7 +169,11 @@ class _Noises:
 
 SHOWN_TIMESTEPS = (1, 201, 401, 601)
 LEAST_VOTES = 40
+LEAST_PROMPTS = 8  # for what is said of prompts to hold for others
 _JUDGING_NOISES = 4
+_COMPARED_AT = (1, 201)  # timesteps at which heads with and without the prompt are compared
+_TRIED = 2  # members after which reading the prompt is given up, if it does not help
+_LEAST_GAIN = 0.01  # of log-likelihood a vote by which it must help, and by two standard errors of it
 
 
 @dataclass(frozen=True)
@@ -167,6 +187,7 @@ class VoteSet:
     left_out  votes on pictures of another architecture or size than most, whose latents do not go together
     groups    N numbers from 0 in the order they appear: votes of one pool, which share pictures, are held out together;
               (): each by itself
+    texts     [N, D] float32 features of their prompts (`Host.text_features`); None where votes carry none
     """
 
     latents: Tensor
@@ -177,6 +198,7 @@ class VoteSet:
     checkpoint_hash: str
     left_out: int = 0
     groups: tuple[int, ...] = ()
+    texts: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -202,6 +224,7 @@ class FitReport:
     left_out: int
     seconds: float
     accuracies: tuple[HeldOutAccuracy, ...]
+    reads_prompt: bool = False
 
     def text(self) -> str:
         """A table with one line for each scorer and noise level."""
@@ -215,7 +238,8 @@ class FitReport:
         ]
         made = table(rows, ["scorer", "at", "right about held-out votes (95 %)"])
         beside = f", {self.left_out} of another size or architecture left out" if self.left_out else ""
-        return f"{self.preferring} votes prefer a side, {self.ties} are ties{beside}.\n\n{made}"
+        reading = " It reads the prompt, which helps with votes that it has not seen." if self.reads_prompt else ""
+        return f"{self.preferring} votes prefer a side, {self.ties} are ties{beside}.{reading}\n\n{made}"
 
 
 @dataclass(frozen=True)
@@ -232,6 +256,7 @@ def read_vote_set(folder: VoteFolder) -> VoteSet:
     if not votes:
         raise SpoError(f'"{folder.path}" holds no vote to learn from: vote left, right or tie on some pairs first.')
     pairs = [folder.latents(vote.id) for vote in votes]
+    texts = [folder.text(vote.id) for vote in votes]
     kinds = [(vote.architecture, tuple(latents.shape)) for vote, latents in zip(votes, pairs, strict=True)]
     kind = Counter(kinds).most_common(1)[0][0]
     rows = [n for n in range(len(votes)) if kinds[n] == kind]
@@ -246,7 +271,19 @@ def read_vote_set(folder: VoteFolder) -> VoteSet:
         digest,
         len(votes) - len(rows),
         _groups([votes[n] for n in rows]),
+        _texts([texts[n] for n in rows]),
     )
+
+
+def _texts(texts: Sequence[Tensor | None]) -> Tensor | None:
+    """[N, D]; None where less than half of the votes carry the most usual width. Others count as the mean of those."""
+    widths = Counter(len(text) for text in texts if text is not None)
+    if not widths or 2 * widths.most_common(1)[0][1] < len(texts):
+        return None
+    width = widths.most_common(1)[0][0]
+    known = [text for text in texts if text is not None and len(text) == width]
+    mean = torch.stack(known).mean(0)
+    return torch.stack([text if text is not None and len(text) == width else mean for text in texts])
 
 
 def _groups(votes: Sequence[Vote]) -> tuple[int, ...]:
@@ -293,16 +330,15 @@ def fit_taste(
         )
     groups = votes.groups or tuple(range(len(votes.answers)))
     folds = fold_of(max(groups) + 1, settings.members, settings.seed)[list(groups)]
-    members = []
-    for member in range(settings.members):
-        rest = folds != member
-
-        def member_progress(share: float, member: int = member) -> None:
-            if progress is not None:
-                progress((member + share) / settings.members)
-
-        members.append(fit_member(votes.latents[rest], votes.answers[rest], settings, member, member_progress, device))
-    accuracies = [_held_out(members, votes, folds, timestep, settings) for timestep in SHOWN_TIMESTEPS]
+    parts = 1 if votes.texts is None else 2
+    members = fit_members(votes, settings, folds, partial(_part_done, progress, 0, parts), device)
+    reader, done = None, partial(_part_done, progress, 1, parts)
+    reading = _reading_prompts(votes, settings, folds, members, done, device)
+    plain: tuple[HeldOutAccuracy, ...] = ()
+    if reading is not None:
+        plain = (_held_out(members, votes, folds, SHOWN_TIMESTEPS[0], settings, scorer="without the prompt"),)
+        members, reader = reading
+    accuracies = [_held_out(members, votes, folds, timestep, settings, reader) for timestep in SHOWN_TIMESTEPS]
     least_noisy = accuracies[0]
     if least_noisy.low <= 0.5:
         raise SpoError(
@@ -316,9 +352,72 @@ def fit_taste(
     )  # fmt: skip
     first = _accuracy("always the first", None, votes.answers[prefers])
     report = FitReport(
-        count, len(votes.answers) - count, votes.left_out, time.monotonic() - began, (*accuracies, first, *others)
-    )
-    return FittedTaste(TasteHead(members, facts), report)
+        count, len(votes.answers) - count, votes.left_out, time.monotonic() - began,
+        (*accuracies, *plain, first, *others), reader is not None,
+    )  # fmt: skip
+    return FittedTaste(TasteHead(members, facts, reader), report)
+
+
+def _part_done(progress: Callable[[float], None] | None, part: int, parts: int, share: float) -> None:
+    if progress is not None:
+        progress((part + share) / parts)
+
+
+def fit_members(
+    votes: VoteSet,
+    settings: FitSettings,
+    folds: Tensor,
+    progress: Callable[[float], None],
+    device: torch.device = _CPU,
+    codes: Tensor | None = None,
+    keep_on: Callable[[list[TasteNetwork]], bool] = lambda members: True,
+) -> list[TasteNetwork]:
+    """The ensemble, each member fitted to all votes but those of its fold; fewer where `keep_on` of those there are
+    says no. Other arguments as for `fit_member`; progress: with the share of the ensemble done."""
+    members: list[TasteNetwork] = []
+    for member in range(settings.members):
+        rest = folds != member
+
+        def member_progress(share: float, member: int = member) -> None:
+            progress((member + share) / settings.members)
+
+        of_rest = None if codes is None else codes[rest]
+        members.append(
+            fit_member(votes.latents[rest], votes.answers[rest], settings, member, member_progress, device, of_rest)
+        )
+        if not keep_on(members):
+            break
+    return members
+
+
+def _reading_prompts(
+    votes: VoteSet,
+    settings: FitSettings,
+    folds: Tensor,
+    plain: Sequence[TasteNetwork],
+    progress: Callable[[float], None],
+    device: torch.device,
+) -> tuple[list[TasteNetwork], PromptReader] | None:
+    """An ensemble that reads prompts, if that is surely better on held-out votes than `plain`, which does not."""
+    if votes.texts is None or len(votes.texts.unique(dim=0)) < LEAST_PROMPTS:
+        return None
+    reader = prompt_reader(votes.texts)
+    without = _log_likelihoods(plain, votes, folds, settings)
+
+    def gain(members: Sequence[TasteNetwork]) -> Tensor:
+        """Of each vote that prefers a side and that one of the members has not seen."""
+        unseen = (folds < len(members)) & (votes.answers != 0.5)
+        return (_log_likelihoods(members, votes, folds, settings, reader) - without)[unseen]
+
+    def keep_on(members: list[TasteNetwork]) -> bool:
+        return len(members) != _TRIED or float(gain(members).mean()) > 0
+
+    members = fit_members(votes, settings, folds, progress, device, reader(votes.texts), keep_on)
+    if len(members) < settings.members:
+        return None
+    gains = gain(members)
+    surely = float(gains.mean()) > max(_LEAST_GAIN, 2 * float(gains.std()) / math.sqrt(len(gains)))
+    return (members, reader) if surely else None
 
 
 def accuracy_of(preference: PreferenceModel, folder: VoteFolder, votes: VoteSet) -> HeldOutAccuracy:
@@ -329,7 +428,8 @@ def accuracy_of(preference: PreferenceModel, folder: VoteFolder, votes: VoteSet)
     for n in (votes.answers != 0.5).nonzero()[:, 0].tolist():
         pixels = _pixels_of(folder.pictures(votes.ids[n]))
         pool = votes.latents[n][:, None]
-        candidates = Candidates(pool, sigma, 0.0, pool, partial(_stored, pixels))
+        text = None if votes.texts is None else votes.texts[n : n + 1]
+        candidates = Candidates(pool, sigma, 0.0, pool, partial(_stored, pixels), text)
         scores = preference.score(candidates, [prompts[votes.ids[n]]])[:, 0]
         right.append(_rightness(scores[0] - scores[1], votes.answers[n]))
     return _accuracy(preference.name, None, torch.stack(right))
@@ -349,22 +449,60 @@ def _pixels_of(pictures: Sequence[Path]) -> Tensor:
     return torch.stack([torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1 for picture in opened])
 
 
-@torch.no_grad()
 def _held_out(
-    members: Sequence[TasteNetwork], votes: VoteSet, folds: Tensor, timestep: int, settings: FitSettings
+    members: Sequence[TasteNetwork],
+    votes: VoteSet,
+    folds: Tensor,
+    timestep: int,
+    settings: FitSettings,
+    reader: PromptReader | None = None,
+    scorer: str = "taste head",
 ) -> HeldOutAccuracy:
-    """Each member on the fold it left out, with independent noise on both pictures, as candidates have it."""
+    """How often each member is right about the fold it left out."""
+    differences = _differences(members, votes, folds, timestep, settings, reader)
+    right = _rightness(differences, votes.answers).mean(0)
+    return _accuracy(scorer, timestep, right[votes.answers != 0.5])
+
+
+def _log_likelihoods(
+    members: Sequence[TasteNetwork],
+    votes: VoteSet,
+    folds: Tensor,
+    settings: FitSettings,
+    reader: PromptReader | None = None,
+) -> Tensor:
+    """[N] of each vote by the member that left it out, a tie put aside; the mean over `_COMPARED_AT` and noises."""
+    sign = 2 * votes.answers - 1
+    differences = [_differences(members, votes, folds, timestep, settings, reader) for timestep in _COMPARED_AT]
+    return nn.functional.logsigmoid(sign * torch.cat(differences)).mean(0)
+
+
+@torch.no_grad()
+def _differences(
+    members: Sequence[TasteNetwork],
+    votes: VoteSet,
+    folds: Tensor,
+    timestep: int,
+    settings: FitSettings,
+    reader: PromptReader | None,
+) -> Tensor:
+    """[noises, N] score of the left picture less that of the right one by the member that left the vote out, 0 without.
+
+    With independent noise on both pictures, as candidates have it.
+    """
     sigma = training_sigmas(scaled_linear_alphas_cumprod())[timestep].float()
     draw = generator(settings.seed, "held out", timestep)
-    right = torch.zeros(len(votes.answers))
-    for _ in range(_JUDGING_NOISES):
+    codes = None if reader is None or votes.texts is None else reader(votes.texts)
+    differences = torch.zeros(_JUDGING_NOISES, len(votes.answers))
+    for row in differences:
         noisy = votes.latents + sigma * torch.randn(votes.latents.shape, generator=draw)
         for number, member in enumerate(members):
             rows = (folds == number).nonzero()[:, 0]
             both = sigma.expand(2 * len(rows))
-            scores = member(network_input(noisy[rows].flatten(0, 1), both), both).unflatten(0, (-1, 2))
-            right[rows] += _rightness(scores[:, 0] - scores[:, 1], votes.answers[rows]) / _JUDGING_NOISES
-    return _accuracy("taste head", timestep, right[votes.answers != 0.5])
+            of_both = None if codes is None else codes[rows].repeat_interleave(2, 0)
+            scores = member(network_input(noisy[rows].flatten(0, 1), both), both, of_both).unflatten(0, (-1, 2))
+            row[rows] = scores[:, 0] - scores[:, 1]
+    return differences
 
 
 def _rightness(difference: Tensor, answer: Tensor) -> Tensor:

@@ -127,13 +127,16 @@ def _check_pair(archive: zipfile.ZipFile, vote: Vote, path: Path) -> None:
 
     contents = [_read(archive, f"{PAIRS}/{vote.id}{ending}", path) for ending in ENDINGS]
     try:
-        latents = load(contents[0])["latents"]
+        tensors = load(contents[0])
+        latents, text = tensors["latents"], tensors.get("text")
         actual_id = pair_id(vote.prompt, latents)
         for content in contents[1:]:
             with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
                 picture.verify()
     except (SafetensorError, KeyError, OSError, SyntaxError, ValueError) as error:
         raise SpoError(f'the pair "{vote.id}" in "{path}" is damaged ({error}).') from error
+    if text is not None and (text.ndim != 1 or not bool(text.isfinite().all())):
+        raise SpoError(f'the pair "{vote.id}" in "{path}" is damaged: what it says of the prompt is no vector.')
     if actual_id != vote.id or latents.ndim != 4 or len(latents) != 2:
         raise SpoError(f'the pair "{vote.id}" in "{path}" is damaged: its latents belong to another id.')
 

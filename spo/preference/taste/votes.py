@@ -1,7 +1,8 @@
 """The user's votes: a folder that only grows, written so that a crash loses at most the vote being written.
 
     FOLDER/votes.jsonl                 one JSON object a line, only ever appended
-    FOLDER/pairs/ID.safetensors        `latents` [2, C, h, w] float16, left and right, clean, as the VAE expects them
+    FOLDER/pairs/ID.safetensors        `latents` [2, C, h, w] float16, left and right, clean, as the VAE expects them;
+                                       `text` [D] float16, the checkpoint's feature of the prompt, where it is known
     FOLDER/pairs/ID_left.png, ID_right.png   the two pictures
 
 ID is a hash of prompt and latents, so a pair is voted on once in a folder, and the same vote imported twice is known.
@@ -54,6 +55,7 @@ class VotePair:
     seed_left, seed_right  equal when the pictures part ways at `from_step`
     from_step  first step whose noise differs; -1: different from the start (two seeds)
     architecture  "sd15" or "sdxl", whose latents these are
+    text       [D] the checkpoint's own feature of the prompt (`Host.text_features`); None where it is not known
     """
 
     prompt: str
@@ -65,6 +67,7 @@ class VotePair:
     architecture: str
     checkpoint_name: str
     checkpoint_hash: str
+    text: Tensor | None = None
 
     @property
     def id(self) -> str:
@@ -77,7 +80,7 @@ class VotePair:
         return VotePool(
             self.prompt, self.latents, tuple(to_picture(pixels) for pixels in self.pixels),
             (self.seed_left, self.seed_right), self.from_step, self.architecture, self.checkpoint_name,
-            self.checkpoint_hash,
+            self.checkpoint_hash, self.text,
         )  # fmt: skip
 
 
@@ -98,6 +101,7 @@ class VotePool:
     architecture: str
     checkpoint_name: str
     checkpoint_hash: str
+    text: Tensor | None = None
 
     @property
     def id(self) -> str:
@@ -193,6 +197,13 @@ class VoteFolder:
             raise SpoError(f'the latents of vote "{vote_id}" are missing: there is no "{path}".')
         return load_file(path)["latents"].float()
 
+    def text(self, vote_id: str) -> Tensor | None:
+        """[D] float32 feature of the prompt of a pair whose latents are there; None for votes that carry none."""
+        from safetensors import safe_open
+
+        with safe_open(self._file(vote_id, ".safetensors"), framework="pt") as file:
+            return file.get_tensor("text").float() if "text" in file.keys() else None  # noqa: SIM118
+
     def pictures(self, vote_id: str) -> tuple[Path, Path]:
         """The PNG files of a pair, left and right."""
         return self._file(vote_id, "_left.png"), self._file(vote_id, "_right.png")
@@ -222,7 +233,7 @@ class VoteFolder:
                     pool.from_step, pool.architecture, pool.checkpoint_name, pool.checkpoint_hash, _now(),
                 )  # fmt: skip
                 if vote.id not in standing:
-                    self._write_files(vote.id, latents, (pool.pictures[left], pool.pictures[right]))
+                    self._write_files(vote.id, latents, (pool.pictures[left], pool.pictures[right]), pool.text)
                     new.append(vote)
             if new:
                 self.append_votes(new)
@@ -259,7 +270,7 @@ class VoteFolder:
     def _file(self, vote_id: str, ending: str) -> Path:
         return self.path / PAIRS / f"{vote_id}{ending}"
 
-    def _write_files(self, vote_id: str, latents: Tensor, pictures: Sequence[Any]) -> None:
+    def _write_files(self, vote_id: str, latents: Tensor, pictures: Sequence[Any], text: Tensor | None) -> None:
         """pictures: left and right, as in `VotePool`; files are linked where the system can, so they are there once."""
         from safetensors.torch import save_file
 
@@ -267,8 +278,7 @@ class VoteFolder:
             (self.path / PAIRS).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SpoError(f'the folder "{self.path}" cannot be made: {error.strerror}.') from error
-        latents = latents.detach().cpu().half().contiguous()
-        write_whole(self._file(vote_id, ".safetensors"), lambda path: save_file({"latents": latents}, path))
+        write_whole(self._file(vote_id, ".safetensors"), lambda path: save_file(pair_tensors(latents, text), path))
         for picture, path in zip(pictures, self.pictures(vote_id), strict=True):
             write_whole(path, partial(_write_picture, picture))
 
@@ -359,6 +369,12 @@ def vote_of(event: Mapping[str, Any], source: str) -> Vote:
     if len(values["id"]) != 16 or not set(values["id"]) <= set("0123456789abcdef"):
         raise SpoError(f"a vote in {source} has the id {values['id']!r}; 16 hexadecimal digits are accepted.")
     return Vote(**values)
+
+
+def pair_tensors(latents: Tensor, text: Tensor | None) -> dict[str, Tensor]:
+    """What is kept of a pair or pool: its latents and its prompt's feature, if it is known, in float16 on the CPU."""
+    tensors = {"latents": latents} if text is None else {"latents": latents, "text": text}
+    return {name: value.detach().cpu().half().contiguous() for name, value in tensors.items()}
 
 
 def pair_id(prompt: str, latents: Tensor) -> str:

@@ -1,7 +1,7 @@
 """Pools that are made and not yet voted on: on disk, so that they can be made at night and voted on in the morning.
 
     FOLDER/waiting/ID/pool.json          prompt, seeds and the rest of `VotePool`
-    FOLDER/waiting/ID/latents.safetensors   [K, C, h, w] float16
+    FOLDER/waiting/ID/latents.safetensors   `latents` [K, C, h, w] float16, `text` as in pairs
     FOLDER/waiting/ID/0.png ...          its K pictures
 
 A pool's folder gets its name when it is whole; what a crash leaves has another name and is deleted by the next reader.
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from spo.errors import SpoError
-from spo.preference.taste.votes import VoteFolder, VotePool, pair_id
+from spo.preference.taste.votes import VoteFolder, VotePool, pair_id, pair_tensors
 
 _UNFINISHED = ".making-"
 
@@ -35,8 +35,7 @@ class WaitingPools:
         unfinished, place = self.path / f"{_UNFINISHED}{secrets.token_hex(6)}", self.path / pool.id
         try:
             unfinished.mkdir(parents=True)
-            latents = pool.latents.detach().cpu().half().contiguous()
-            save_file({"latents": latents}, unfinished / "latents.safetensors")
+            save_file(pair_tensors(pool.latents, pool.text), unfinished / "latents.safetensors")
             for number, picture in enumerate(pool.pictures):
                 picture.save(unfinished / f"{number}.png", "PNG")
             facts = {
@@ -90,13 +89,17 @@ class WaitingPools:
 
         facts = json.loads((place / "pool.json").read_text(encoding="utf-8"))
         try:
-            latents = load_file(place / "latents.safetensors")["latents"].float()
+            tensors = load_file(place / "latents.safetensors")
+            latents, text = tensors["latents"].float(), tensors.get("text")
         except SafetensorError as error:
             raise ValueError(str(error)) from error
         pictures = tuple(place / f"{number}.png" for number in range(len(facts["seeds"])))
         if len(latents) != len(pictures) or not all(path.is_file() for path in pictures):
             raise ValueError("incomplete")
-        return VotePool(**{**facts, "latents": latents, "pictures": pictures, "seeds": tuple(facts["seeds"])})
+        text = None if text is None else text.float()
+        return VotePool(
+            **{**facts, "latents": latents, "pictures": pictures, "seeds": tuple(facts["seeds"]), "text": text}
+        )
 
 
 def _made_at(place: Path) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from spo.algorithm.diffusion import training_sigmas
 from spo.rng import SeededDraws
+from spo.webui.a1111.prompts import text_features
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class SamplerPass:
     checkpoint_name   of its file, without ending; checkpoint_hash: may be ""
     sampler           the sampler's name on the page; ancestral: whether it is k-diffusion's Euler ancestral
     prompts, seeds    of the batch, styles put on
+    text              gives the prompts' features, [B, D] on the CPU (`Host.text_features`)
     eta               noise of its steps, as the settings have it
     settings          what X/Y/Z axes of ours chose
     """
@@ -39,6 +42,7 @@ class SamplerPass:
     ancestral: bool
     prompts: Sequence[str]
     seeds: Sequence[int]
+    text: Callable[[], Tensor]
     eta: float
     settings: Mapping[str, Any]
 
@@ -138,14 +142,17 @@ def script_class(
             self.paste_field_names = [key for _, key in self.infotext_fields if isinstance(key, str)]
             return fields
 
-        def process_before_every_sampling(self, p: Any, *values: Any, **_: Any) -> None:
-            _prepare(p, values, change_of, ways)
+        def process_before_every_sampling(self, p: Any, *values: Any, c: Any = None, **_: Any) -> None:
+            _prepare(p, c, values, change_of, ways)
 
     return AlwaysVisible
 
 
-def _prepare(p: Any, values: Sequence[Any], change_of: ChangeOf, ways: Ways) -> None:
-    """Put the change into the sampler of p's pass, in the place of what an earlier pass left in the same one."""
+def _prepare(p: Any, conditioning: Any, values: Sequence[Any], change_of: ChangeOf, ways: Ways) -> None:
+    """Put the change into the sampler of p's pass, in the place of what an earlier pass left in the same one.
+
+    conditioning  of the batch's positive prompts, as the WebUI hands it to the sampler
+    """
     sampler = p.sampler
     for name in ("launch_sampling", "func"):
         if getattr(vars(sampler).get(name), "_of_spo", False):
@@ -155,7 +162,7 @@ def _prepare(p: Any, values: Sequence[Any], change_of: ChangeOf, ways: Ways) -> 
             else:
                 setattr(sampler, name, former)
     try:
-        change = change_of(_pass_of(p, ways.architecture(p.sd_model)), values)
+        change = change_of(_pass_of(p, conditioning, ways.architecture(p.sd_model)), values)
     except Exception as error:
         _replace(sampler, "launch_sampling", _raising(error))
         return
@@ -224,7 +231,7 @@ def _architecture(model: Any) -> str:
     return "sdxl" if getattr(model, "is_sdxl", False) else "sd15"
 
 
-def _pass_of(p: Any, architecture: str) -> SamplerPass:
+def _pass_of(p: Any, conditioning: Any, architecture: str) -> SamplerPass:
     model, sampler = p.sd_model, p.sampler
     info = model.sd_checkpoint_info
     prompts = p.hr_prompts if _is_hires(p) and getattr(p, "hr_prompts", None) else p.prompts
@@ -236,6 +243,7 @@ def _pass_of(p: Any, architecture: str) -> SamplerPass:
         ancestral=sampler.funcname == "sample_euler_ancestral",
         prompts=list(prompts),
         seeds=[int(seed) for seed in p.seeds],
+        text=partial(text_features, conditioning),
         eta=float(_eta(p, sampler)),
         settings=getattr(p, "spo_taste", {}),
     )

@@ -12,6 +12,8 @@ from spo.webui.a1111.checkpoint import Checkpoint
 from spo.webui.a1111.network import autocast
 from spo.webui.a1111.options import option
 
+_CHUNK = 77  # places of a chunk of tokens
+
 
 def prompt_text(prompt: str) -> str:
     """A prompt without the networks that it names."""
@@ -74,6 +76,10 @@ class EncodedPrompts:
         uncond = prompt_parser.reconstruct_cond_batch([self.negative], step)
         return StepConditioning(_to(cond, device), tuple(weights[0]), _to(uncond, device))
 
+    def text_features(self, prompts: Sequence[str]) -> torch.Tensor:
+        """[N, D] float32 on the CPU; see `text_features`."""
+        return _means([self.positive[prompt] for prompt in prompts])
+
     def batch(self, prompts: Sequence[str], device: torch.device) -> tuple[Any, Any]:
         """(cond, uncond) of a batch for the CFG denoiser."""
         negative = _schedule_to(self.negative, device)
@@ -119,6 +125,30 @@ def encode_by_model(
             positive[prompt] = _parts_to(conditioning.batch[0], cpu)
         negative = prompt_parser.get_learned_conditioning(model, text(negative_prompt, True), *scheduling)
     return EncodedPrompts(positive, _schedule_to(negative[0], cpu))
+
+
+def text_features(conditioning: Any) -> torch.Tensor:
+    """[B, D] float32 on the CPU: what a pass's prompts are to the network, as `Host.text_features` has it.
+
+    conditioning  the WebUI's `MulticondLearnedConditioning` of the B prompts. Of prompt editing the end counts, of
+                  parts with AND the mean by their weights, those below 0 left out
+    """
+    return _means(conditioning.batch)
+
+
+def _means(prompts: Sequence[Sequence[Any]]) -> torch.Tensor:
+    """[N, D] of N prompts' parts with their schedules: the means over the first chunk of tokens."""
+    means = []
+    for parts in prompts:
+        liked = [part for part in parts if part.weight > 0] or parts
+        weights = torch.tensor([abs(float(part.weight)) for part in liked])
+        means.append((weights / weights.sum()) @ torch.stack([_mean(part.schedules[-1].cond) for part in liked]))
+    return torch.stack(means)
+
+
+def _mean(conditioning: Any) -> torch.Tensor:
+    tokens = conditioning["crossattn"] if isinstance(conditioning, dict) else conditioning
+    return tokens[:_CHUNK].detach().float().mean(0).cpu()
 
 
 def _parts_to(parts: list[Any], device: torch.device) -> list[Any]:

@@ -177,7 +177,9 @@ class Session:
 
     def _show_next(self) -> None:
         if self.pool is None and self.ready:
-            at = choose_pair(self.head, [pool.latents for pool in self.ready[:_LOOKED_AT]], seed=self._made)
+            some = self.ready[:_LOOKED_AT]
+            latents, texts = [pool.latents for pool in some], [pool.text for pool in some]
+            at = choose_pair(self.head, latents, self._made, texts)
             self.pool = self.ready.pop(at)
 
     def _work(self) -> None:
@@ -356,9 +358,11 @@ def add_pictures(folder: str, prompt: str, left: Image, right: Image, answer: st
     pixels = torch.stack([_pixels(left), _pixels(right)])
     with webui.in_queue("SPO voting"), borrowed(config) as host:
         latents = host.encode(pixels.to(host.device)).float().cpu()
+        host.prepare([prompt.strip()])
         pair = VotePair(
-            prompt.strip(), latents, pixels, 0, 0, -1, host.architecture, host.checkpoint_name, host.checkpoint_hash
-        )
+            prompt.strip(), latents, pixels, 0, 0, -1, host.architecture, host.checkpoint_name, host.checkpoint_hash,
+            host.text_features([prompt.strip()])[0],
+        )  # fmt: skip
     VoteFolder(votes_folder(folder)).add(pair, answer)
     return f'Your vote on "{prompt.strip()}" is kept: {answer}.'
 

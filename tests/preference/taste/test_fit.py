@@ -12,7 +12,7 @@ from PIL import Image
 from spo.errors import SpoError
 from spo.preference.taste.fit import accuracy_of, davidson_loss, fit_member, fit_taste, fold_of, read_vote_set
 from spo.preference.taste.votes import VoteFolder, VotePool, comparisons
-from tests.vote_worlds import QUICK, pair, vote_set
+from tests.vote_worlds import QUICK, pair, vote_set, vote_set_by_prompt
 
 
 def test_votes_that_follow_a_rule_are_learnt(fitted):
@@ -141,3 +141,42 @@ def test_a_head_of_large_latents_learns_the_rule():
     again = fit_taste(replace(votes, latents=large), QUICK, name="large")
     same = zip(made.head.members.parameters(), again.head.members.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in same)
+
+
+def test_a_rule_that_flips_with_the_prompt_is_learnt(reading):
+    shares = {(entry.scorer, entry.timestep): entry.share for entry in reading.report.accuracies}
+    assert shares["taste head", 1] > 0.8 and abs(shares["without the prompt", 1] - 0.5) < 0.15
+    assert reading.report.reads_prompt and "reads the prompt" in reading.report.text()
+
+
+def test_a_rule_that_does_not_flip_is_fitted_as_without_text(fitted):
+    done = []
+    plain = fit_taste(vote_set_by_prompt(120, flips=False), QUICK, name="mine", progress=done.append)
+    assert plain.head.prompt_reader is None and not plain.report.reads_prompt
+    assert plain.head.facts == fitted.head.facts
+    same = zip(plain.head.members.parameters(), fitted.head.members.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in same)
+    assert done == sorted(done) and done[0] == 0 and 0.9 < done[-1] < 1
+
+
+def test_few_prompts_say_nothing_of_others():
+    votes = vote_set_by_prompt(120)
+    assert votes.texts is not None
+    few = replace(votes, texts=votes.texts[torch.arange(120) % 2])
+    with pytest.raises(SpoError, match="no better than chance"):
+        fit_taste(few, QUICK)
+
+
+def test_votes_carry_the_feature_of_their_prompt(tmp_path):
+    folder = VoteFolder(tmp_path)
+    texts = [None, torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]), torch.zeros(5)]
+    for number, text in enumerate(texts):
+        folder.add(replace(pair(number), text=text), "left")
+    votes = read_vote_set(folder)
+    expected = [[2.0, 3.0], [1.0, 2.0], [3.0, 4.0], [2.0, 3.0]]  # unknown, or of another width: the mean
+    assert votes.texts is not None and votes.texts.tolist() == expected
+    older = VoteFolder(tmp_path / "older")
+    for number in range(3):
+        older.add(pair(number), "left")
+    older.add(replace(pair(3), text=texts[1]), "left")
+    assert read_vote_set(older).texts is None

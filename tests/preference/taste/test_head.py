@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -22,6 +24,7 @@ from spo.preference.taste.head import (
     stride_for,
 )
 from tests.tiny_host import MeanOfChannel, TinyHost
+from tests.vote_worlds import text_of
 
 
 def candidates(x: torch.Tensor, sigma: float = 0.5) -> Candidates:
@@ -182,3 +185,46 @@ def test_noise_drawn_after_the_first_layer_is_distributed_as_before_it():
         before, after = pixels(20_000), features(20_000)
     torch.testing.assert_close(before.mean(0), after.mean(0), atol=0.02, rtol=0)
     torch.testing.assert_close(before.flatten(1).T.cov(), after.flatten(1).T.cov(), atol=0.02, rtol=0)
+
+
+# ---- heads that read the prompt
+
+
+def two_kinds(count=2):
+    """[2, B] candidates, the second higher in channel 0, for a prompt of each kind in turn, with their text."""
+    x = torch.zeros(2, count, 4, 8, 8)
+    x[1, :, 0] = 1.0
+    return replace(candidates(x), text=torch.stack([text_of(n) for n in range(count)]))
+
+
+def test_the_prompt_turns_the_score(reading, tmp_path):
+    scores = reading.head.score(two_kinds(), ["a", "b"])
+    assert float(scores[1, 0] - scores[0, 0]) > 0.2 and float(scores[1, 1] - scores[0, 1]) < -0.2
+    save_taste(reading.head, tmp_path / "mine.safetensors")
+    metadata = open_tensor_file(tmp_path / "mine.safetensors").metadata
+    assert (metadata["text_width"], metadata["prompt_codes"]) == ("6", "6")
+    read = load(tmp_path / "mine.safetensors")
+    assert torch.equal(read.score(two_kinds(), ["a", "b"]), scores)
+
+
+def test_what_a_head_cannot_read_is_refused_in_a_sentence(reading):
+    wide = replace(two_kinds(), text=torch.zeros(2, 2048))
+    with pytest.raises(SpoError, match="reads text features of width 6, and the checkpoint's have 2048; use it with"):
+        reading.head.score(wide, ["a", "b"])
+    with pytest.raises(SpoError, match='The taste head "by prompt" reads the prompt, and here nothing is known of it'):
+        reading.head.score(replace(wide, text=None), ["a", "b"])
+
+
+def test_a_pair_is_chosen_by_its_prompt(reading):
+    pairs = [torch.zeros(2, 4, 8, 8) for _ in range(3)]
+    pairs[2][1, 0] = 1.0
+    assert choose_pair(reading.head, pairs, 0, [text_of(0), None, text_of(1)]) == 2
+
+
+def test_a_rollout_tells_the_head_the_prompt(reading):
+    config = build_config({"checkpoint": "x", "prompts": "x", "preference": "x", "output": "x"}, "sd15")
+    host = TinyHost(config)
+    host.prepare(["a"])
+    with pytest.raises(SpoError, match="the checkpoint's have 32"):
+        host.rollout(["a"], [1], RolloutSettings(threshold=0.0), reading.head, None)
+    assert torch.equal(host.text_features(["a"]), host.conditioning(["a"]).cross_attention.mean(1))

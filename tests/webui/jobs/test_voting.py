@@ -57,7 +57,7 @@ def pool(seed, size=4, prompt="a fox", checkpoint="dream"):
 
 def session_of(no_webui, monkeypatch, size=4):
     """A session whose thread finds nothing to do; pictures of 64 pixels."""
-    monkeypatch.setattr(voting, "choose_pair", lambda head, latents, seed: 0)
+    monkeypatch.setattr(voting, "choose_pair", lambda head, latents, seed, texts: 0)
     config = build_config({"prompts": "p", "output": "o.safetensors", "preference": "none", "width": 64, "height": 64})
     request = voting.VotingRequest("mine", ["a fox"], size=size)
     return voting.Session(request, config, ("dream", "0" * 10))
