@@ -75,7 +75,7 @@ def test_what_another_extension_brought_is_used(start):
 
 def test_what_does_not_fit_is_left_alone_and_said(start):
     (line,) = start(peft="0.13.2", diffusers="0.25.0")
-    assert line.startswith("SPO needs diffusers 0.29.2 to 0.30.3, but 0.25.0 is installed") and "left alone" in line
+    assert line.startswith("SPO needs diffusers 0.29.2 to 0.31.0, but 0.25.0 is installed") and "left alone" in line
 
 
 def test_without_a_network_one_sentence_is_said_and_pip_asked_once(start):

@@ -2,7 +2,8 @@
 
 `install.py` asks before the WebUI's libraries are loaded, so this needs the standard library and `packaging` only,
 which the WebUI's launcher itself needs by then; the tab asks to say what is missing. WebUI 1.10.1 brings all
-but two of the packages that SPO imports; the two are installed without their dependencies, so that nothing moves.
+but two of the packages that SPO imports; the two are installed without their dependencies, so that nothing moves. Of
+the forks, Forge and neo bring both, reForge and classic diffusers; what they pin is left alone as well.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ WANTED = (
         may_update=True,
     ),
     _Wanted("peft", SpecifierSet(">=0.10,<=0.13.2"), "0.10 to 0.13.2", "peft==0.13.2"),
-    _Wanted("diffusers", SpecifierSet(">=0.29.2,<=0.30.3"), "0.29.2 to 0.30.3", "diffusers==0.30.3"),
+    _Wanted("diffusers", SpecifierSet(">=0.29.2,<=0.31.0"), "0.29.2 to 0.31.0", "diffusers==0.30.3"),
 )
 # the versions above were tried beside these, which WebUI 1.10.1 pins; beside others an installed package is left alone
 PINNED = {"transformers": SpecifierSet("==4.30.*"), "accelerate": SpecifierSet("==0.21.*")}

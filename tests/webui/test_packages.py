@@ -42,6 +42,24 @@ def test_a_newer_webui_keeps_what_it_has_and_gets_what_it_lacks():
     assert missing({**newer, "peft": "0.21.2"}) == []
 
 
+FORKS = {  # what their requirements pin
+    "Forge": ({"transformers": "4.46.1", "accelerate": "0.31.0", "huggingface-hub": "0.26.2", "diffusers": "0.31.0",
+               "peft": "0.13.2"}, []),
+    "neo": ({"transformers": "4.56.2", "accelerate": "1.13.0", "huggingface-hub": "0.36.2", "diffusers": "0.37.1",
+             "peft": "0.17.1"}, []),
+    "reForge": ({"transformers": "4.48.1", "accelerate": "0.21.0", "huggingface-hub": "0.25.0", "diffusers": "0.32.2"},
+                [("peft==0.13.2", True)]),
+    "classic": ({"transformers": "4.30.2", "accelerate": "0.21.0", "huggingface-hub": "0.26.5", "diffusers": "0.31.0"},
+                [("peft==0.13.2", True)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fork", FORKS)
+def test_nothing_that_a_fork_pins_is_moved_or_complained_of(fork):
+    pinned, added = FORKS[fork]
+    assert requirements(pinned) == added
+
+
 def test_what_is_no_version_is_left_alone():
     (item,) = missing({**READY, "peft": "from-source"})
     assert (item.installed, item.may_install) == ("from-source", False)
@@ -57,7 +75,7 @@ def test_the_hub_is_only_ever_raised(hub, may_install):
 def test_what_the_user_is_told():
     told = missing_text(missing(WEBUI), reason="no disk")
     assert told.startswith(
-        "SPO needs peft 0.10 to 0.13.2 (missing) and diffusers 0.29.2 to 0.30.3 (missing), and could"
+        "SPO needs peft 0.10 to 0.13.2 (missing) and diffusers 0.29.2 to 0.31.0 (missing), and could"
     )
     assert "(no disk)" in told and "\n" not in told
     assert f'"{sys.executable}" -m pip install --no-deps "peft==0.13.2" "diffusers==0.30.3"' in told

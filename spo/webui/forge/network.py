@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spo.webui.forge.checkpoint import Checkpoint, loaded_checkpoint, sampling_sigmas
-from spo.webui.forked import ordinary, ordinary_weights
+from spo.webui.forked import ordinary_weights
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Denoiser:
 def denoiser(checkpoint: Checkpoint) -> Denoiser:
     """The network as the samplers see it, for `evaluate`; on the card, with weights that autograd takes."""
     network_to_card(checkpoint)
-    return Denoiser(checkpoint.model.forge_objects.unet.model, ordinary(sampling_sigmas(checkpoint.model)))
+    return Denoiser(checkpoint.model.forge_objects.unet.model, sampling_sigmas(checkpoint.model))
 
 
 def evaluate(inner: Denoiser, x: Tensor, sigma: Tensor, conditioning: Sequence[Any]) -> Tensor:
@@ -41,14 +41,23 @@ def evaluate(inner: Denoiser, x: Tensor, sigma: Tensor, conditioning: Sequence[A
         text = {"c_crossattn": text["crossattn"], "y": text["vector"]}
     else:
         text = {"c_crossattn": torch.cat(list(conditioning))}
+    with _sampled_by(inner):
+        return inner.model.apply_model(x, sigma, transformer_options={}, **text)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _sampled_by(inner: Denoiser) -> Iterator[None]:
+    """Inside, timesteps go by the noise levels that Forge sets while it samples, where it does (zero terminal SNR)."""
     predictor = inner.model.predictor
-    sigmas = predictor.sigmas
+    if inner.sigmas is predictor.sigmas:
+        yield
+        return
+    before = {name: predictor._buffers[name] for name in ("sigmas", "log_sigmas")}
     predictor.set_sigmas(inner.sigmas)
     try:
-        denoised: Tensor = inner.model.apply_model(x, sigma, transformer_options={}, **text)
+        yield
     finally:
-        predictor.set_sigmas(sigmas)
-    return denoised
+        predictor._buffers.update(before)  # the very tensors: logarithms taken anew would differ in the last bit
 
 
 def compute_dtype() -> torch.dtype:
