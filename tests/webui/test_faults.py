@@ -92,7 +92,7 @@ def one_run(kind, chance, name, monkeypatch):
             time.sleep(chance.uniform(0.0, 4.0))
             job.end()
         assert job._thread is not None
-        job._thread.join(120)
+        job._thread.join(900 if started.IS_FORK else 120)
     return begun
 
 

@@ -4,19 +4,25 @@
 //     npm install playwright-core; node tests/webui/walk.mjs http://127.0.0.1:7860 FOLDER_FOR_PICTURES
 //
 // CHROMIUM names the browser (default /usr/bin/chromium), UPDATES the length of the run (default 110), NAME the LoRA;
-// FROM=compare begins at the comparison, with a LoRA that is there. CHECKPOINT, PREFERENCE: another checkpoint than the
-// demo's, which forks do not take, and a preference model that is there. Exit 1: a step failed.
+// FROM=compare begins at the comparison, with a LoRA that is there. In forks, which do not take
+// the demo's checkpoint: CHECKPOINT, PREFERENCE (a model that is there), SETTINGS (saved ones, in place of the demo's
+// preset) and PICTURE_STEPS (of the plot's pictures). Exit 1: a step failed.
 import { expect, fill, inner, message, open, page, pause, phase, pick, shot, tab, until, value, walk } from "./walk_steps.mjs";
 
 const UPDATES = process.env.UPDATES || "110";
 const NAME = process.env.NAME || "vivid";
+const { SETTINGS, PICTURE_STEPS } = process.env;
 
 async function train() {
     await open();
     await pick("setting_sd_model_checkpoint", process.env.CHECKPOINT || "spo-demo");
     await pause(5000);
     await tab("SPO");
-    await pick("spo_preset", "Demo checkpoint");
+    if (SETTINGS) {
+        await page.locator("#spo_saved .label-wrap").first().click();
+        await pick("spo_settings_load", SETTINGS);
+        await pause(2500);
+    } else await pick("spo_preset", "Demo checkpoint");
     if (process.env.PREFERENCE) await pick("spo_preference", process.env.PREFERENCE);
     await page.locator("#spo_bundled").click();
     await pause(800);
@@ -59,6 +65,7 @@ async function train() {
     expect(`the prompt is "${prompt}"`, prompt.includes(`<lora:${NAME}:1>`));
     await fill("txt2img_prompt", `strawberry <lora:${NAME}:1>`);
     for (const side of ["width", "height"]) await page.locator(`#txt2img_${side} input[type=number]`).fill("64");
+    if (PICTURE_STEPS) await page.locator("#txt2img_steps input[type=number]").fill(PICTURE_STEPS);
     await page.locator("#txt2img_cfg_scale input[type=number]").fill("5");
     await page.locator("#txt2img_seed input").fill("3");
     await pick("script_list", "X/Y/Z plot");
