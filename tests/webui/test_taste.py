@@ -14,9 +14,10 @@ import torch
 from spo.algorithm.diffusion import scaled_linear_alphas_cumprod
 from spo.errors import SpoError
 from spo.preference.steer import MAX_STRENGTH
-from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork, save_taste
+from spo.preference.taste.head import PromptReader, TasteFacts, TasteHead, TasteNetwork, save_taste
 from spo.webui import folders, seam, taste
 from spo.webui.a1111 import SamplerPass, loop
+from spo.webui.a1111.prompts import text_features
 from spo.webui.taste import CHOOSE, STEER, TasteRequest, change_of, request_of
 from tests.webui import test_host as host
 
@@ -467,3 +468,28 @@ def test_the_infotext_fills_the_fields_again(head):
     parsed = infotext_utils.parse_generation_parameters(info)
     assert parsed["SPO taste"] == HEAD and parsed["SPO taste strength"] == "0.75" and parsed["SPO taste mode"] == STEER
     assert "SPO" not in json.dumps(infotext_utils.parse_generation_parameters(generate(OFF)[2]))
+
+
+# -------------------------------------------------------------------------------------------------- the prompt's text
+
+
+def test_the_text_of_a_pass_is_the_mean_of_the_first_chunk_by_the_weights_of_the_parts():
+    def part(value, weight, wrapped=False):
+        tokens = torch.cat([torch.full((77, 6), value), torch.full((77, 6), 100.0)])
+        first, last = ({"crossattn": one} if wrapped else one for one in (torch.zeros(77, 6), tokens))
+        return SimpleNamespace(schedules=[SimpleNamespace(cond=first), SimpleNamespace(cond=last)], weight=weight)
+
+    prompts = [[part(1.0, 1.0)], [part(1.0, 1.0, True), part(4.0, 2.0, True), part(9.0, -1.0, True)]]
+    text = text_features(SimpleNamespace(batch=prompts))
+    torch.testing.assert_close(text, torch.tensor([[1.0] * 6, [3.0] * 6]))
+
+
+def test_a_head_that_reads_the_prompt_gets_it_and_refuses_another_width(models):
+    torch.manual_seed(0)
+    head = TasteHead([TasteNetwork(8, codes=2)], TasteFacts(), PromptReader(torch.zeros(6), torch.randn(2, 6)))
+    save_taste(head, models / "reads.safetensors")
+    for how in (STEER, CHOOSE):
+        values = [True, "reads.safetensors", how, 1.0, 4]
+        assert change_of(sampler_pass(), values) is not None
+        with pytest.raises(SpoError, match="reads text features of width 6, and the checkpoint's have 8"):
+            change_of(sampler_pass(text=lambda: torch.ones(1, 8)), values)
