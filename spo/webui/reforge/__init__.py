@@ -26,7 +26,6 @@ from spo.webui.a1111 import (
     bad_vae_text,
     card,
     checkpoint_folder,
-    chosen_checkpoint,
     chosen_title,
     clear_interruption,
     clip_skip,
@@ -68,7 +67,7 @@ from spo.webui.a1111 import (
 )
 from spo.webui.forked import refuse_demo
 from spo.webui.reforge.borrowing import pinned, trainable
-from spo.webui.reforge.checkpoint import loaded_checkpoint, refuse_training, tensors_of
+from spo.webui.reforge.checkpoint import chosen_checkpoint, loaded_checkpoint, refuse_training, tensors_of
 from spo.webui.reforge.loop import predictions_shifted, script_class
 from spo.webui.reforge.loras import refresh_loras
 from spo.webui.reforge.network import (

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from spo.errors import SpoError
-from spo.webui.a1111.checkpoint import Checkpoint
+from spo.webui.a1111.checkpoint import Checkpoint, other_left_loaded, swap_back
+from spo.webui.a1111.queue import in_queue
 
 LEVELS = 1000  # of the training schedule of SD1.5 and SDXL
 
@@ -44,6 +45,15 @@ def loaded_checkpoint() -> Checkpoint:
         prediction_type=_prediction_type(model, title),
         low_memory="",  # the fork moves parts of it by itself, whatever the flag
     )
+
+
+def chosen_checkpoint() -> Checkpoint:
+    """`loaded_checkpoint`, after the chosen one was swapped back where another was left; waits for the queue then."""
+    if other_left_loaded():
+        with in_queue("SPO"):
+            if other_left_loaded():
+                swap_back()
+    return loaded_checkpoint()
 
 
 def architecture(model: Any) -> str:
