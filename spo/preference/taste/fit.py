@@ -173,7 +173,7 @@ LEAST_PROMPTS = 8  # for what is said of prompts to hold for others
 _JUDGING_NOISES = 4
 _COMPARED_AT = (1, 201)  # timesteps at which heads with and without the prompt are compared
 _TRIED = 2  # members after which reading the prompt is given up, if it does not help
-_LEAST_GAIN = 0.01  # of log-likelihood a vote by which it must help, and by two standard errors of it
+_LEAST_GAIN = 0.01  # of held-out accuracy by which it must help, and by two standard errors of it
 
 
 @dataclass(frozen=True)
@@ -402,12 +402,12 @@ def _reading_prompts(
     if votes.texts is None or len(votes.texts.unique(dim=0)) < LEAST_PROMPTS:
         return None
     reader = prompt_reader(votes.texts)
-    without = _log_likelihoods(plain, votes, folds, settings)
+    without = _rightness_of(plain, votes, folds, settings)
 
     def gain(members: Sequence[TasteNetwork]) -> Tensor:
         """Of each vote that prefers a side and that one of the members has not seen."""
         unseen = (folds < len(members)) & (votes.answers != 0.5)
-        return (_log_likelihoods(members, votes, folds, settings, reader) - without)[unseen]
+        return (_rightness_of(members, votes, folds, settings, reader) - without)[unseen]
 
     def keep_on(members: list[TasteNetwork]) -> bool:
         return len(members) != _TRIED or float(gain(members).mean()) > 0
@@ -464,17 +464,16 @@ def _held_out(
     return _accuracy(scorer, timestep, right[votes.answers != 0.5])
 
 
-def _log_likelihoods(
+def _rightness_of(
     members: Sequence[TasteNetwork],
     votes: VoteSet,
     folds: Tensor,
     settings: FitSettings,
     reader: PromptReader | None = None,
 ) -> Tensor:
-    """[N] of each vote by the member that left it out, a tie put aside; the mean over `_COMPARED_AT` and noises."""
-    sign = 2 * votes.answers - 1
+    """[N] how often the member that left a vote out is right about it; the mean over `_COMPARED_AT` and noises."""
     differences = [_differences(members, votes, folds, timestep, settings, reader) for timestep in _COMPARED_AT]
-    return nn.functional.logsigmoid(sign * torch.cat(differences)).mean(0)
+    return _rightness(torch.cat(differences), votes.answers).mean(0)
 
 
 @torch.no_grad()
