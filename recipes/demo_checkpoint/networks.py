@@ -28,7 +28,7 @@ class VaeShape:
 
 # LDM's GroupNorm has 32 groups: with 32 channels each sees one, whose strength in a picture it takes away
 VAE = VaeShape(64, (1, 1, 1, 1), 2)
-SHIPPED_VAE = VaeShape(32, (1, 2, 2, 2), 1)  # of spo/demo/demo.safetensors, which an older recipe made
+SHIPPED_VAE = VaeShape(64, (1, 1, 1, 1), 1)  # of spo/demo/demo.safetensors, see new_autoencoder
 
 TEXT_CONFIG: dict[str, Any] = dict(
     hidden_size=64,

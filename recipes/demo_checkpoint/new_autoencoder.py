@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from recipes.demo_checkpoint.autoencoder import colour_loss, gradient_loss
 from recipes.demo_checkpoint.checkpoint import config_yaml, ldm_vae
 from recipes.demo_checkpoint.ldm_names import ldm_vae_name
-from recipes.demo_checkpoint.networks import SCALE_FACTOR, VaeShape, build_vae, parameter_count
+from recipes.demo_checkpoint.networks import SCALE_FACTOR, SHIPPED_VAE, VaeShape, build_vae, parameter_count
 from recipes.demo_checkpoint.pictures import (
     CHOICE,
     SIZE_PX,
@@ -47,7 +47,6 @@ from spo.demo.judge import HERE
 from spo.files import write_text, write_whole
 
 PREFIX = "first_stage_model."
-SHAPE = VaeShape(64, (1, 1, 1, 1), 1)  # two channels in each group of LDM's norms, and 22 MB in all
 # as the demo's UNet learnt its subjects; colours reach further, for LoRAs that make them vivid
 JITTER = Jitter(sizes_px=(56, 60), shifts_px=1, saturations=(0.3, 1.6), flipped=0.0, tinted=0.0)
 RENDERINGS = 8
@@ -87,10 +86,12 @@ def read_vae(path: Path) -> Any:
 
 
 def grown(old: Any) -> Any:
-    """An autoencoder of `SHAPE` with another one's weights: where it is twice as wide each channel is there twice, side
-    by side and so in one group of the norms, almost alike, and counts half; what the other one lacks is as untrained.
+    """An autoencoder of `SHIPPED_VAE` with another one's weights; what the other one lacks is as untrained.
+
+    Where it is twice as wide each channel is there twice, side by side and so in one group of the norms, almost alike,
+    and counts half.
     """
-    vae = build_vae(SHAPE)
+    vae = build_vae(SHIPPED_VAE)
     theirs, weights = old.state_dict(), vae.state_dict()
     for name, weight in weights.items():
         tensor = theirs.get(name)
@@ -186,7 +187,7 @@ def write_checkpoint(source: Path, vae: Any, out: Path) -> None:
     tensors = read_tensors(file, [name for name in file.tensors if not name.startswith(PREFIX)])
     tensors |= {f"{PREFIX}{name}": tensor.half().contiguous() for name, tensor in ldm_vae(vae).items()}
     write_whole(out / "demo.safetensors", lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
-    write_text(out / "demo.yaml", config_yaml(SHAPE))
+    write_text(out / "demo.yaml", config_yaml(SHIPPED_VAE))
 
 
 @torch.no_grad()
@@ -211,9 +212,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, default=HERE / "demo.safetensors", help="default: the demo's")
     parser.add_argument("--work", type=Path, default=Path("autoencoder-work"), help="scratch folder")
     parser.add_argument("--out", type=Path, default=Path("autoencoder-out"), help="folder for the results")
-    parser.add_argument("--decoder-steps", type=int, default=1600)
+    parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument("--decoder-batch", type=int, default=12)
-    parser.add_argument("--encoder-steps", type=int, default=800)
+    parser.add_argument("--encoder-steps", type=int, default=500)
     parser.add_argument("--encoder-batch", type=int, default=16)
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)

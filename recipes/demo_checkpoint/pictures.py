@@ -113,9 +113,9 @@ def render(picture: Image.Image, variant: int, rng: np.random.Generator, jitter:
         saturation, brightness = rng.uniform(*jitter.saturations), rng.uniform(0.92, 1.06)
         room_px = (SIZE_PX - size_px) // 2 if jitter.shifts_px is None else jitter.shifts_px
         shift_px = rng.integers(-room_px, room_px + 1, size=2)
-        if rng.random() < jitter.flipped:
+        if jitter.flipped and rng.random() < jitter.flipped:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if rng.random() < jitter.tinted:
+        if jitter.tinted and rng.random() < jitter.tinted:
             background = 1 - 0.15 * rng.random(3, dtype=np.float32)
     small = np.asarray(picture.resize((size_px, size_px), Image.Resampling.LANCZOS), dtype=np.float32) / 255
     colour, alpha = small[..., :3], small[..., 3:]
