@@ -38,9 +38,10 @@ export async function inner(name) {
     await pause(800);
 }
 export async function pick(id, text) {
-    await page.locator(`#${id} input`).first().click();
+    const field = id === "setting_sd_model_checkpoint" ? `:is(#${id}, .model_selection)` : `#${id}`; // or Forge's
+    await page.locator(`${field} input`).first().click();
     await pause(400);
-    await page.locator(`#${id} ul.options li`, { hasText: text }).first().click();
+    await page.locator(`${field} ul.options li`, { hasText: text }).first().click();
     await pause(900);
 }
 export async function fill(id, text) {

@@ -101,16 +101,23 @@ def _convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return layer._conv_forward(x.to(layer.weight.dtype), layer.weight, layer.bias)
 
 
-def set_gradient_checkpointing(network: nn.Module, on: bool) -> None:
+def set_gradient_checkpointing(network: nn.Module, on: bool, *, on_copies: bool = False) -> None:
     """Recompute the transformer and residual blocks in the backward pass, or not; leaves no trace when off.
 
     The blocks' own `use_checkpoint` fails when the weights are frozen, and the WebUI turns it off.
+
+    on_copies  for blocks that change their input, which is needed once more: they get a copy each time
     """
     for block in network.modules():
         if type(block).__name__ in ("BasicTransformerBlock", "ResBlock"):
             block.__dict__.pop("forward", None)
             if on:
-                block.forward = partial(_checkpointed, block.forward)
+                forward = partial(_on_a_copy, block.forward) if on_copies else block.forward
+                block.forward = partial(_checkpointed, forward)
+
+
+def _on_a_copy(forward: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return forward(x.clone(), *args, **kwargs)
 
 
 def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

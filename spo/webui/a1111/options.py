@@ -28,7 +28,8 @@ def checkpoint_folder() -> Path | None:
     """--ckpt-dir; None when checkpoints are in models/Stable-diffusion only."""
     from modules import shared
 
-    return Path(shared.cmd_opts.ckpt_dir) if shared.cmd_opts.ckpt_dir else None
+    folder = getattr(shared.cmd_opts, "ckpt_dir", None)  # neo lacks the flag
+    return Path(folder) if folder else None
 
 
 def refresh_checkpoints() -> None:

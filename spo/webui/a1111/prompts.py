@@ -111,7 +111,8 @@ def encode_by_model(
     """`encode_prompts`, with the embeddings that the model has."""
     from modules import prompt_parser
 
-    model, cpu, scheduling = checkpoint.model, torch.device("cpu"), (steps, None, option("use_old_scheduling"))
+    model, cpu, old = checkpoint.model, torch.device("cpu"), option("use_old_scheduling")
+    scheduling = (steps, None) if old is None else (steps, None, old)  # neo has one way only
 
     def text(one: str, negative: bool) -> Any:
         return prompt_parser.SdConditioning([one], width=width, height=height, is_negative_prompt=negative)

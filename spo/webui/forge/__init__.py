@@ -49,7 +49,6 @@ from spo.webui.a1111 import (
     report,
     sampler_names,
     save_grid,
-    set_gradient_checkpointing,
     show_progress,
     style_names,
     with_styles,
@@ -100,7 +99,7 @@ from spo.webui.forge.vae import (
     decode,
     encode,
 )
-from spo.webui.forked import refuse_demo
+from spo.webui.forked import refuse_demo, set_gradient_checkpointing
 
 __all__ = [
     "TURNS",

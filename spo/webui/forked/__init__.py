@@ -5,6 +5,7 @@ For the seam's folders of such WebUIs alone; torch only, so that it is tried wit
 and they merge LoRAs into the weights by the names of modules, among which an adapter of ours would stand in the way.
 """
 
+from spo.webui.forked.checkpointing import set_gradient_checkpointing
 from spo.webui.forked.demo import refuse_demo
 from spo.webui.forked.inference import ordinary, ordinary_weights, outside_inference
 from spo.webui.forked.layers import adding_in_place, linear_for_peft
@@ -19,4 +20,5 @@ __all__ = [
     "outside_inference",
     "plain_names_in",
     "refuse_demo",
+    "set_gradient_checkpointing",
 ]

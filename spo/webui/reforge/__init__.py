@@ -58,14 +58,13 @@ from spo.webui.a1111 import (
     report,
     sampler_names,
     save_grid,
-    set_gradient_checkpointing,
     show_progress,
     style_names,
     swap_back,
     with_styles,
     xyz_plots,
 )
-from spo.webui.forked import refuse_demo
+from spo.webui.forked import refuse_demo, set_gradient_checkpointing
 from spo.webui.reforge.borrowing import pinned, trainable
 from spo.webui.reforge.checkpoint import chosen_checkpoint, loaded_checkpoint, refuse_training, tensors_of
 from spo.webui.reforge.loop import predictions_shifted, script_class
