@@ -26,7 +26,7 @@ from tests.webui import started
 
 WEBUI = os.environ.get("SPO_WEBUI_DIR")
 pytestmark = pytest.mark.skipif(not WEBUI, reason="SPO_WEBUI_DIR does not name a WebUI")
-not_in_forge = pytest.mark.skipif(started.IS_FORGE, reason="Forge does it otherwise, see test_forge.py")
+not_in_forge = pytest.mark.skipif(started.IS_FORGE, reason="A1111's own way; test_forge.py has what Forge refuses")
 CHECKPOINTS = [(started.SD15, "sd15"), (started.SDXL, "sdxl")]
 PROMPT = "a (red:1.3) [fox:boat:0.5] AND a pear :0.6"
 
@@ -256,7 +256,10 @@ def test_gradient_checkpointing_changes_nothing_but_memory(webui, tmp_path, name
     plain = train_tiny(tmp_path / "a", name, architecture)
     saving = train_tiny(tmp_path / "b", name, architecture, gradient_checkpointing=True)
     expected, found = read_lora(plain.output).layers, read_lora(saving.output).layers
-    assert all(torch.allclose(found[key].up, expected[key].up, rtol=1e-3, atol=1e-6) for key in expected)
+    for key, layer in expected.items():
+        # Forks add in place, so their sums round otherwise; AdamW makes that large where a gradient is nearly 0
+        atol = 5e-3 * float(layer.up.abs().max()) if started.IS_FORK else 1e-6
+        assert torch.allclose(found[key].up, layer.up, rtol=1e-3, atol=atol), key
     assert [module.forward.__func__ for module in network.modules()] == forwards
 
 
