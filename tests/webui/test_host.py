@@ -258,7 +258,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(webui, tmp_path, name
     expected, found = read_lora(plain.output).layers, read_lora(saving.output).layers
     for key, layer in expected.items():
         # Forks add in place, so their sums round otherwise; AdamW makes that large where a gradient is nearly 0
-        atol = 5e-3 * float(layer.up.abs().max()) if started.IS_FORK else 1e-6
+        atol = max(1e-6, 5e-3 * float(layer.up.abs().max())) if started.IS_FORK else 1e-6
         assert torch.allclose(found[key].up, layer.up, rtol=1e-3, atol=atol), key
     assert [module.forward.__func__ for module in network.modules()] == forwards
 
