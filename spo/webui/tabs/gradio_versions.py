@@ -17,3 +17,8 @@ def script(source: str) -> dict[str, Any]:
 def uploads_only() -> dict[str, Any]:
     """A picture comes from a file only: no camera, no clipboard."""
     return {"sources": ["upload"]} if _FOUR else {"source": "upload"}
+
+
+def stays_at_top() -> dict[str, Any]:
+    """A long text that is put into a box is seen from its beginning; Gradio 4 would scroll to its end."""
+    return {"autoscroll": False} if _FOUR else {}

@@ -19,11 +19,16 @@ from spo.webui.jobs.training import TrainingRequest, plan_memory, plan_of, plan_
 from spo.webui.packages import missing, missing_text
 from spo.webui.seam import webui
 from spo.webui.tabs import form, page, watch
-from spo.webui.tabs.gradio_versions import script
+from spo.webui.tabs.gradio_versions import script, stays_at_top
 
 _NEW_HERE = (
     "<h3>New here?</h3><p>A small demo checkpoint comes with SPO. One click installs it, loads it and trains a LoRA on "
     "it: nothing is downloaded, and it takes a few minutes, even without a graphics card.</p>"
+)
+_NEW_HERE_WITHOUT_DEMO = (
+    "<h3>New here?</h3><p>A first run: choose your SD1.5 or SDXL checkpoint at the top of the page, press Take the "
+    "bundled list (or write prompts of your own), then Start. If there is no preference model for the checkpoint yet, "
+    "Start says so, and offers two ways to one: a download, or voting on pictures.</p>"
 )
 _LISTED = ("start_from", "judge", "adherence")  # settings whose choices are files
 
@@ -54,10 +59,14 @@ def build() -> TrainTab:
     filling = form.Filling(form.usual_preset("", loaded), loaded.architecture or "sd15", memory=form.usual_memory(card))
     values = form.preset_values(filling.preset, filling.architecture, filling.memory)
     shown = dict(zip(form.names(), values, strict=True))
-    with gr.Column(visible=_is_new_here(), elem_id="spo_newcomer") as newcomer:
-        gr.HTML(_NEW_HERE)
+    takes_demo = _takes_demo()
+    with gr.Column(visible=not folders.run_names(), elem_id="spo_newcomer") as newcomer:
+        gr.HTML(_NEW_HERE, visible=takes_demo)
+        gr.HTML(_NEW_HERE_WITHOUT_DEMO, visible=not takes_demo)
         with gr.Row():
-            demo = gr.Button("Try it: a demo of a few minutes", variant="primary", scale=4, elem_id="spo_try")
+            demo = gr.Button(
+                "Try it: a demo of a few minutes", variant="primary", scale=4, visible=takes_demo, elem_id="spo_try"
+            )
             hide = gr.Button("Hide this", scale=1, elem_id="spo_newcomer_hide")
     with gr.Row():
         with gr.Column(scale=5, min_width=360):
@@ -92,6 +101,7 @@ def build() -> TrainTab:
                 lines=6,
                 max_lines=14,
                 elem_id="spo_prompts",
+                **stays_at_top(),
             )
             with gr.Row():
                 bundled = gr.Button("Take the bundled list", size="sm", elem_id="spo_bundled")
@@ -147,7 +157,7 @@ def build() -> TrainTab:
             with gr.Row():
                 start = gr.Button("Start", variant="primary", elem_id="spo_start")
                 check = gr.Button("Check first", elem_id="spo_plan_button")
-            with gr.Column(visible=False, elem_id="spo_no_preference") as lacking:
+            with gr.Column(scale=0, visible=False, elem_id="spo_no_preference") as lacking:
                 lacking_text = gr.HTML("")
                 with gr.Row():
                     fetch = gr.Button("Download it (5.2 GB)", variant="primary", elem_id="spo_fetch_now")
@@ -217,20 +227,19 @@ def read_lists(preference: str | None) -> list[Any]:
     loaded = webui.glance()
     usual = preference or folders.usual_preference(loaded.architecture or "sd15", loaded.file_name) or None
     return [
-        gr.update(visible=_is_new_here()),
+        gr.update(visible=not folders.run_names()),
         gr.update(choices=folders.preference_choices(), value=usual),
         gr.update(choices=saved_settings.names()),
         *(gr.update(choices=form.choices_of(name)) for name in _LISTED),
     ]
 
 
-def _is_new_here() -> bool:
-    """Whether to offer the demo: no run yet, in a WebUI that takes the demo checkpoint."""
+def _takes_demo() -> bool:
     try:
         webui.refuse_demo()
     except SpoError:
         return False
-    return not folders.run_names()
+    return True
 
 
 def _request(given: tuple[Any, ...]) -> TrainingRequest:

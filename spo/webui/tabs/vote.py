@@ -18,7 +18,7 @@ from spo.webui import folders
 from spo.webui.jobs import clip_training, voting
 from spo.webui.seam import webui
 from spo.webui.tabs import page
-from spo.webui.tabs.gradio_versions import script, uploads_only
+from spo.webui.tabs.gradio_versions import script, stays_at_top, uploads_only
 
 _SAME, _OTHER = "Same seed, other noise from a step on", "Different seeds"
 _SIZES = {"Two: which is better": 2, "Four: the best, then the worst": 4}
@@ -43,8 +43,9 @@ def build() -> PreferenceTab:
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             prompts = gr.Textbox(
-                label="Prompts to vote on, one a line", lines=5, max_lines=12, elem_id="spo_vote_prompts"
-            )
+                label="Prompts to vote on, one a line", lines=5, max_lines=12, elem_id="spo_vote_prompts",
+                **stays_at_top(),
+            )  # fmt: skip
             bundled = gr.Button("Take the bundled list to vote on", size="sm", elem_id="spo_vote_bundled")
             size = gr.Radio(
                 list(_SIZES), value=next(iter(_SIZES)), label="Pictures at a time",

@@ -6,7 +6,7 @@ import pytest
 
 gr = pytest.importorskip("gradio")
 
-from spo.webui.tabs.gradio_versions import script, uploads_only  # noqa: E402
+from spo.webui.tabs.gradio_versions import script, stays_at_top, uploads_only  # noqa: E402
 
 
 def test_an_event_calls_the_page():
@@ -21,3 +21,9 @@ def test_a_picture_comes_from_a_file_only():
         picture = gr.Image(type="pil", **uploads_only())
     config = picture.get_config()
     assert config.get("sources", [config.get("source")]) == ["upload"]
+
+
+def test_a_box_stays_at_its_top():
+    with gr.Blocks(analytics_enabled=False):
+        box = gr.Textbox(**stays_at_top())
+    assert not box.get_config().get("autoscroll", False)

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("gradio")
+gr = pytest.importorskip("gradio")
 
-from spo.webui import folders, seam
-from spo.webui.jobs import job, training
-from spo.webui.jobs.job import Job
-from spo.webui.tabs import form
-from spo.webui.tabs import train as train_tab
-from tests.webui import stand_in
+from spo.errors import SpoError  # noqa: E402
+from spo.webui import folders, seam  # noqa: E402
+from spo.webui.jobs import job, training  # noqa: E402
+from spo.webui.jobs.job import Job  # noqa: E402
+from spo.webui.tabs import form  # noqa: E402
+from spo.webui.tabs import train as train_tab  # noqa: E402
+from tests.webui import stand_in  # noqa: E402
 
 webui = stand_in.webui
 
@@ -105,6 +106,26 @@ def test_the_demo_is_one_click(webui, monkeypatch):
     (prepared,) = trained
     assert prepared.prompts == prompts.splitlines()
     assert (prepared.config.optimizer.steps, prepared.config.preference.preference) == (60, "demo")
+
+
+@pytest.mark.parametrize("takes_demo", [True, False])
+def test_a_newcomer_sees_a_next_step(webui, monkeypatch, takes_demo):
+    """The demo where it is taken, else the way to a run of one's own."""
+
+    def refuse():
+        raise SpoError("not here")
+
+    monkeypatch.setattr(seam.webui, "refuse_demo", (lambda: None) if takes_demo else refuse)
+    monkeypatch.setattr(seam.webui, "refresh_button", lambda *given: None)
+    with gr.Blocks(analytics_enabled=False) as block:
+        newcomer = train_tab.build().lists[0]
+    by_id = {component.elem_id: component for component in newcomer.children if component.elem_id}
+    texts = [part for part in newcomer.children if isinstance(part, gr.HTML)]
+    (button,) = [part for part in block.blocks.values() if part.elem_id == "spo_try"]
+    assert newcomer.visible and "spo_try" not in by_id
+    assert button.visible == takes_demo
+    (seen,) = [part.value for part in texts if part.visible]
+    assert ("One click" in seen) == takes_demo and ("Take the bundled list" in seen) != takes_demo
 
 
 def test_lists_find_a_preference_model_that_came_meanwhile(webui, monkeypatch):
