@@ -15,7 +15,7 @@ demo.safetensors, demo.yaml and reconstructions.png (pictures, the old autoencod
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ def train_decoder(vae: Any, examples: Examples, steps: int, batch: int, work: Pa
     device = next(vae.parameters()).device
     part = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
 
-    def loss(number: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss() -> tuple[torch.Tensor, dict[str, float]]:
         pixels, moments = examples.batch(batch)
         noise = NOISE / SCALE_FACTOR * torch.rand(batch, 1, 1, 1) * torch.randn(batch, 4, SIZE_PX // 8, SIZE_PX // 8)
         pixels, latents = pixels.to(device), (moments[:, :4] + noise).to(device)
@@ -151,7 +151,7 @@ def train_encoder(vae: Any, examples: Examples, steps: int, batch: int, work: Pa
     device = next(vae.parameters()).device
     part = torch.nn.ModuleList([vae.encoder, vae.quant_conv])
 
-    def loss(number: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss() -> tuple[torch.Tensor, dict[str, float]]:
         pixels, moments = (values.to(device) for values in examples.batch(batch))
         with precision_of(device):
             made = vae.encode(pixels.contiguous(memory_format=torch.channels_last)).latent_dist.parameters
@@ -163,13 +163,20 @@ def train_encoder(vae: Any, examples: Examples, steps: int, batch: int, work: Pa
     _train("encoder", part, loss, steps, work, save_every)
 
 
-def _train(stage: str, part: torch.nn.Module, loss: Any, steps: int, work: Path, save_every: int) -> None:
+def _train(
+    stage: str,
+    part: torch.nn.Module,
+    loss: Callable[[], tuple[torch.Tensor, dict[str, float]]],
+    steps: int,
+    work: Path,
+    save_every: int,
+) -> None:
     optimizer = torch.optim.AdamW(part.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-3)
     average = AverageOf(part, AVERAGE)
 
     def step(number: int) -> dict[str, float]:
         with updated(optimizer, part, learning_rate(number / steps, 2e-3)) as backward:
-            total, numbers = loss(number)
+            total, numbers = loss()
             backward(total)
         average.update(number + 1)
         return {"loss": total.item(), **numbers}

@@ -19,10 +19,27 @@ def pinned(checkpoint: Checkpoint) -> Iterator[None]:
     The WebUI looks at its settings before each picture, and loads what is chosen there: another checkpoint, or the same
     one in FP8. Inside it does not; the page's own change of the setting waits for the queue and is done afterwards.
     """
-    from modules import sd_models, shared
+    from modules import shared
 
-    load, networks, afresh = sd_models.reload_model_weights, active_networks(), list[bool]()
-    history = shared.cmd_opts.no_prompt_history
+    networks, history = active_networks(), shared.cmd_opts.no_prompt_history
+    with staying(checkpoint):
+        shared.cmd_opts.no_prompt_history = True  # our sampling must not become the user's last prompt
+        try:
+            yield
+        finally:
+            shared.cmd_opts.no_prompt_history = history
+            for put_back in networks:
+                put_back()
+
+
+@contextmanager
+def staying(checkpoint: Checkpoint) -> Iterator[None]:
+    """Inside, the WebUI does not load what is chosen on the page; where it would have loaded this checkpoint in another
+    way it does so afterwards.
+    """
+    from modules import sd_models
+
+    load, afresh = sd_models.reload_model_weights, list[bool]()
 
     def stay(sd_model: Any = None, info: Any = None, forced_reload: bool = False) -> Any:
         if info is None or info is checkpoint.info:
@@ -31,14 +48,10 @@ def pinned(checkpoint: Checkpoint) -> Iterator[None]:
         return load(sd_model, info, forced_reload)  # somebody means it: `is_loaded` says so
 
     sd_models.reload_model_weights = stay
-    shared.cmd_opts.no_prompt_history = True  # our sampling must not become the user's last prompt
     try:
         yield
     finally:
         sd_models.reload_model_weights = load
-        shared.cmd_opts.no_prompt_history = history
-        for put_back in networks:
-            put_back()
         if any(afresh) and is_loaded(checkpoint):
             load(checkpoint.model, checkpoint.info, forced_reload=True)
 

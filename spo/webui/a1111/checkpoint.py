@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,22 +48,38 @@ class Checkpoint:
 
 def loaded_checkpoint() -> Checkpoint:
     """The loaded checkpoint. Raises SpoError for none, and for what cannot be sampled step by step; touches nothing."""
-    from modules import sd_models, sd_unet
+    from modules import sd_models
 
-    model = sd_models.model_data.get_sd_model()
+    return checkpoint_of(sd_models.model_data.get_sd_model(), _is_refiner, _prediction_type, _low_memory)
+
+
+def checkpoint_of(
+    model: Any,
+    is_refiner: Callable[[Any], bool],
+    prediction_type: Callable[[Any, str], str],
+    low_memory: Callable[[Any], str] = lambda model: "",
+) -> Checkpoint:
+    """See `loaded_checkpoint`.
+
+    model            the WebUI's, in memory; None for none
+    is_refiner, prediction_type, low_memory
+                     what WebUIs see each in their way, of the model; prediction_type may raise, and is given the title
+    """
+    from modules import sd_unet
+
     if model is None:
         raise SpoError("No checkpoint is loaded; choose one at the top of the page.")
     info = getattr(model, "sd_checkpoint_info", None)
     title = getattr(info, "title", "the loaded checkpoint")
     network = getattr(getattr(model, "model", None), "diffusion_model", None)
-    if getattr(model, "is_sd3", False) or network is None:
+    if getattr(model, "is_sd3", False) or network is None or not hasattr(network, "input_blocks"):
         raise SpoError(f"{title} is not SD1.5 or SDXL, so it cannot be trained here; load another checkpoint.")
     if getattr(model, "is_sd2", False):
         raise SpoError(f"{title} is a Stable Diffusion 2 checkpoint; load an SD1.5 or SDXL one.")
     inputs = next(network.input_blocks[0].parameters()).shape[1]
     if inputs != 4:
         raise SpoError(f"{title} takes {inputs} channels (inpainting or editing); load a text-to-image checkpoint.")
-    if _is_refiner(model):
+    if is_refiner(model):
         raise SpoError(f"{title} is an SDXL refiner; load the base checkpoint.")
     if sd_unet.current_unet is not None:
         raise SpoError('Another SD Unet (TensorRT or the like) is in use; set "SD Unet" to None in the settings.')
@@ -73,8 +90,8 @@ def loaded_checkpoint() -> Checkpoint:
         hash=getattr(info, "shorthash", "") or "",
         file=Path(getattr(info, "filename", "")),
         architecture=_architecture(model),
-        prediction_type="v_prediction" if getattr(model, "parameterization", "eps") == "v" else "epsilon",
-        low_memory=_low_memory(model),
+        prediction_type=prediction_type(model, title),
+        low_memory=low_memory(model),
     )
 
 
@@ -87,6 +104,10 @@ def _is_refiner(model: Any) -> bool:
     return getattr(model, "is_sdxl", False) and not any(
         type(embedder).__name__.startswith("FrozenCLIP") for embedder in model.conditioner.embedders
     )
+
+
+def _prediction_type(model: Any, title: str) -> str:
+    return "v_prediction" if getattr(model, "parameterization", "eps") == "v" else "epsilon"
 
 
 def _low_memory(model: Any) -> str:
@@ -161,13 +182,18 @@ def load_afresh(checkpoint: Checkpoint) -> None:
 
 def load_checkpoint(file_name: str) -> None:
     """Choose the checkpoint in this file, as at the top of the page, and load it. Hold the queue. SpoError for none."""
+    choose(file_name)
+    swap_back()
+
+
+def choose(file_name: str) -> None:
+    """Choose the checkpoint in this file, as at the top of the page, without loading it. SpoError for none."""
     from modules import sd_models, shared
 
     known = {Path(info.filename).name: info for info in sd_models.checkpoints_list.values()}
     if file_name not in known:
         raise SpoError(f"The WebUI does not list {file_name} among its checkpoints; refresh the list and choose it.")
     shared.opts.set("sd_model_checkpoint", known[file_name].title, run_callbacks=False)
-    sd_models.reload_model_weights()
 
 
 def refuse_demo() -> None:
@@ -184,10 +210,17 @@ def load_again(file: Path) -> None:
     model = sd_models.model_data.sd_model
     if model is not None and Path(model.sd_checkpoint_info.filename) == file:
         return
+    sd_models.reload_model_weights(info=listed(file))
+
+
+def listed(file: Path) -> Any:
+    """The WebUI's record of the checkpoint in this file. SpoError when it does not list it any more."""
+    from modules import sd_models
+
     info = next((one for one in sd_models.checkpoints_list.values() if Path(one.filename) == file), None)
     if info is None:
         raise SpoError(f"{file.name} is not among the WebUI's checkpoints any more; put it back, and resume the run.")
-    sd_models.reload_model_weights(info=info)
+    return info
 
 
 def chosen_title() -> str:
@@ -206,11 +239,16 @@ def swap_back() -> None:
 
 def chosen_checkpoint() -> Checkpoint:
     """`loaded_checkpoint`, after the chosen one was swapped back where another was left; waits for the queue then."""
+    put_chosen_back(other_left_loaded, swap_back)
+    return loaded_checkpoint()
+
+
+def put_chosen_back(other_left_loaded: Callable[[], bool], swap_back: Callable[[], None]) -> None:
+    """Swap the chosen checkpoint back where another was left; waits for the queue then."""
     if other_left_loaded():
         with in_queue("SPO"):
             if other_left_loaded():
                 swap_back()
-    return loaded_checkpoint()
 
 
 def other_left_loaded() -> bool:

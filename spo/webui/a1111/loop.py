@@ -83,18 +83,28 @@ Shift = Callable[[Tensor, Tensor], Tensor]  # see `LoopChange.shift`
 ChangeOf = Callable[[SamplerPass, Sequence[Any]], "LoopChange | None"]  # see `script_class`
 
 
+def _architecture(model: Any) -> str:
+    if any(getattr(model, name, False) for name in ("is_sd2", "is_sd3")):
+        return ""
+    return "sdxl" if getattr(model, "is_sdxl", False) else "sd15"
+
+
+def _alphas_cumprod(model: Any) -> Tensor:
+    return model.alphas_cumprod  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class Ways:
     """What WebUIs do each in their way.
 
+    shifted         see `predictions_shifted`
     architecture    the WebUI's model -> "sd15", "sdxl", or "" for another
     alphas_cumprod  the WebUI's model -> [1000] its training schedule
-    shifted         see `predictions_shifted`
     """
 
-    architecture: Callable[[Any], str]
-    alphas_cumprod: Callable[[Any], Tensor]
     shifted: Callable[[Shift], AbstractContextManager[None]]
+    architecture: Callable[[Any], str] = _architecture
+    alphas_cumprod: Callable[[Any], Tensor] = _alphas_cumprod
 
 
 @dataclass(frozen=True)
@@ -127,8 +137,9 @@ def script_class(
                generation
     other_ways of a WebUI that does otherwise; None: A1111's
     """
-    ways = other_ways or Ways(_architecture, lambda model: model.alphas_cumprod, predictions_shifted)
     from modules import scripts
+
+    ways = other_ways or Ways(predictions_shifted)
 
     class AlwaysVisible(scripts.Script):  # type: ignore[misc]
         def title(self) -> str:
@@ -223,12 +234,6 @@ def _seed_of(p: Any, seed: int) -> int:
 
 def _is_hires(p: Any) -> bool:
     return bool(getattr(p, "is_hr_pass", False))
-
-
-def _architecture(model: Any) -> str:
-    if any(getattr(model, name, False) for name in ("is_sd2", "is_sd3")):
-        return ""
-    return "sdxl" if getattr(model, "is_sdxl", False) else "sd15"
 
 
 def _pass_of(p: Any, conditioning: Any, architecture: str) -> SamplerPass:

@@ -39,7 +39,7 @@ class KnownLora:
 
 def known_loras() -> dict[str, KnownLora] | None:
     """By the name in prompts. None: the WebUI's Lora extension is switched off."""
-    extension = _lora_extension()
+    extension = lora_extension()
     if extension is None:
         return None
     return {
@@ -49,12 +49,12 @@ def known_loras() -> dict[str, KnownLora] | None:
 
 def refresh_loras() -> None:
     """Let the WebUI find new LoRA files, so that prompts can use them at once."""
-    extension = _lora_extension()
+    extension = lora_extension()
     if extension is not None:
         extension.list_available_networks()
 
 
-def _lora_extension() -> Any:
+def lora_extension() -> Any:
     """The module `networks` of the built-in Lora extension, None when it is off. Imported by the WebUI, never by us."""
     return sys.modules.get("networks")
 
@@ -75,5 +75,5 @@ def active_networks() -> list[Callable[[], None]]:
 
         return put_back
 
-    lora = _lora_extension()
+    lora = lora_extension()
     return [reactivation(active) for active in (shared.loaded_hypernetworks, getattr(lora, "loaded_networks", []))]

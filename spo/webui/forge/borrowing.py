@@ -8,9 +8,16 @@ from typing import Any
 
 from torch import nn
 
+from spo.webui.a1111.loras import lora_extension
 from spo.webui.forge.checkpoint import Checkpoint
-from spo.webui.forge.loras import active_networks, lora_extension
-from spo.webui.forked import adding_in_place, linear_for_peft, ordinary_weights, outside_inference, plain_names_in
+from spo.webui.forked import (
+    active_networks,
+    adding_in_place,
+    linear_for_peft,
+    ordinary_weights,
+    outside_inference,
+    plain_names_in,
+)
 
 _MOVES = ("load_models_gpu", "free_memory")  # of backend.memory_management
 
@@ -27,7 +34,7 @@ def pinned(checkpoint: Checkpoint) -> Iterator[None]:
     def stay() -> tuple[Any, bool]:
         return checkpoint.model, False
 
-    put_back = active_networks(checkpoint)
+    put_back = active_networks(checkpoint.model)
     with ExitStack() as stack:
         stack.callback(put_back)
         for owner in (sd_models, processing):

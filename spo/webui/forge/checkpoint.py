@@ -16,6 +16,7 @@ from spo.checkpoint.kinds import kind_of
 from spo.checkpoint.tensor_file import open_tensor_file
 from spo.errors import SpoError
 from spo.webui import a1111
+from spo.webui.a1111.checkpoint import choose, listed, put_chosen_back
 from spo.webui.a1111.options import option
 
 _LDM_TEXT = {
@@ -167,12 +168,7 @@ def load_afresh(checkpoint: Checkpoint) -> None:
 
 def load_checkpoint(file_name: str) -> None:
     """Choose the checkpoint in this file, as at the top of the page, and load it. Hold the queue. SpoError for none."""
-    from modules import sd_models, shared
-
-    known = {Path(info.filename).name: info for info in sd_models.checkpoints_list.values()}
-    if file_name not in known:
-        raise SpoError(f"The WebUI does not list {file_name} among its checkpoints; refresh the list and choose it.")
-    shared.opts.set("sd_model_checkpoint", known[file_name].title, run_callbacks=False)
+    choose(file_name)
     swap_back()
 
 
@@ -186,10 +182,7 @@ def load_again(file: Path) -> None:
     model = loaded_model()
     if model is not None and Path(model.sd_checkpoint_info.filename) == file:
         return
-    info = next((one for one in sd_models.checkpoints_list.values() if Path(one.filename) == file), None)
-    if info is None:
-        raise SpoError(f"{file.name} is not among the WebUI's checkpoints any more; put it back, and resume the run.")
-    data = sd_models.model_data
+    info, data = listed(file), sd_models.model_data
     chosen = data.forge_loading_parameters
     data.forge_loading_parameters = {**chosen, "checkpoint_info": info}
     try:
@@ -224,10 +217,7 @@ def _load() -> None:
 
 def chosen_checkpoint() -> Checkpoint:
     """`loaded_checkpoint`, after the chosen one was swapped back where another was left; waits for the queue then."""
-    if other_left_loaded():
-        with a1111.in_queue("SPO"):
-            if other_left_loaded():
-                swap_back()
+    put_chosen_back(other_left_loaded, swap_back)
     return loaded_checkpoint()
 
 

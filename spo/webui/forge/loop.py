@@ -39,7 +39,7 @@ def predictions_shifted(shift: Shift) -> Iterator[None]:
         sd_samplers_cfg_denoiser.sampling_function = predict
 
 
-_WAYS = Ways(architecture, alphas_cumprod, predictions_shifted)
+_WAYS = Ways(predictions_shifted, architecture, alphas_cumprod)
 
 
 def script_class(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spo.webui.forge.checkpoint import Checkpoint, loaded_checkpoint, sampling_sigmas
 from spo.webui.forked import ordinary_weights
@@ -71,23 +71,9 @@ def weights_in_float8() -> bool:
     return isinstance(storage, torch.dtype) and storage.itemsize == 1
 
 
-def autocast() -> AbstractContextManager[Any]:
-    """Nothing: Forge brings inputs to the network's precision itself."""
-    return nullcontext()
-
-
 def network_to_card(checkpoint: Checkpoint) -> None:
     """Bring the UNet to the card, with the LoRAs merged that are active, as sampling does."""
     from backend import memory_management
 
     memory_management.load_models_gpu([checkpoint.model.forge_objects.unet])
     ordinary_weights(checkpoint.network)
-
-
-def has_moved(checkpoint: Checkpoint, device: torch.device) -> bool:
-    """Never: Forge takes the network from the card as it needs room, and brings it back."""
-    return False
-
-
-def keep_adapter_precision(network: nn.Module) -> None:
-    """Nothing: only layers of Forge's own cast by hand."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from spo.webui import a1111
+from spo.webui import a1111, forked
 from spo.webui.a1111 import EncodedPrompts
 from spo.webui.a1111.prompts import encode_by_model
 from spo.webui.forge.checkpoint import Checkpoint, loaded_model
@@ -13,10 +13,8 @@ from spo.webui.forked import ordinary
 
 
 def activate_networks(prompt: str) -> None:
-    """Make the networks that a prompt names the active ones, and no others; weights follow when they are used."""
-    a1111.activate_networks(prompt)
-    model = loaded_model()
-    model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
+    """As `a1111.activate_networks`."""
+    forked.activate_networks(prompt, loaded_model())
 
 
 def encode_prompts(

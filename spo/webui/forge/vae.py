@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spo.errors import SpoError
 from spo.webui.a1111.options import option
+from spo.webui.a1111.vae import are_pictures
 from spo.webui.forge.checkpoint import Checkpoint
 from spo.webui.forge.network import network_to_card
 from spo.webui.forked import ordinary
@@ -26,7 +27,7 @@ def decode(checkpoint: Checkpoint, latents: Tensor) -> Tensor:
 
     pictures: Tensor = ordinary(sd_samplers_common.decode_first_stage(checkpoint.model, latents)).float()
     network_to_card(checkpoint)
-    if not bool(torch.isfinite(pictures).all()) or not bool((pictures.flatten(1).amax(1) > -1).all()):
+    if not are_pictures(pictures):
         raise SpoError(bad_vae_text("gave pictures that are not finite or all black"))
     return pictures
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from spo.webui.a1111.borrowing import staying
 from spo.webui.a1111.checkpoint import Checkpoint, is_loaded
-from spo.webui.forked import adding_in_place, ordinary_weights, plain_names_in
-from spo.webui.reforge.loras import active_networks
+from spo.webui.a1111.loras import lora_extension
+from spo.webui.forked import active_networks, adding_in_place, ordinary_weights, plain_names_in
 
 # what looks modules up by name, or merges and moves weights: of reForge, and of Forge classic
 _PATCHING = (
@@ -35,26 +35,13 @@ def pinned(checkpoint: Checkpoint) -> Iterator[None]:
     The WebUI looks at its settings before each picture, and loads what is chosen there. Inside it does not; the page's
     own change of the setting waits for the queue and is done afterwards.
     """
-    from modules import sd_models
-
-    load, networks, afresh = sd_models.reload_model_weights, active_networks(checkpoint.model), list[bool]()
-
-    def stay(sd_model: Any = None, info: Any = None, forced_reload: bool = False) -> Any:
-        if info is None or info is checkpoint.info:
-            afresh.append(forced_reload)
-            return checkpoint.model
-        return load(sd_model, info, forced_reload)  # somebody means it: `is_loaded` says so
-
-    sd_models.reload_model_weights = stay
-    try:
-        with _without_prompt_history():
+    put_back = active_networks(checkpoint.model)
+    with staying(checkpoint), _without_prompt_history():
+        try:
             yield
-    finally:
-        sd_models.reload_model_weights = load
-        if is_loaded(checkpoint):
-            networks()
-            if any(afresh):
-                load(checkpoint.model, checkpoint.info, forced_reload=True)
+        finally:
+            if is_loaded(checkpoint):
+                put_back()
 
 
 @contextmanager
@@ -103,11 +90,10 @@ def trainable(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _names(model: Any, network: nn.Module) -> Any:
-    extension = sys.modules.get("networks")  # of the built-in Lora extension, which may be off
     kind = type(model.forge_objects.unet)
     owners = [one for one in kind.__mro__ if one.__name__ in ("ModelPatcher", kind.__name__)]
     functions = [(owner, name) for owner in owners for name in _PATCHING]
-    return plain_names_in(network, [*functions, (extension, "load_networks")])
+    return plain_names_in(network, [*functions, (lora_extension(), "load_networks")])
 
 
 def _differentiable(network: nn.Module) -> Any:

@@ -12,7 +12,6 @@ from torch import Tensor
 from spo.webui import a1111
 from spo.webui.a1111.loop import ChangeOf, LoopChange, SamplerPass, Shift, Ways
 from spo.webui.forked import ordinary, outside_inference
-from spo.webui.reforge.checkpoint import alphas_cumprod, architecture
 
 
 @contextmanager
@@ -44,7 +43,7 @@ def _place() -> Any:
     return sd_samplers_cfg_denoiser if hasattr(sd_samplers_cfg_denoiser, "sampling_function") else forge_sampler
 
 
-_WAYS = Ways(architecture, alphas_cumprod, predictions_shifted)
+_WAYS = Ways(predictions_shifted)
 
 
 def script_class(

@@ -4,11 +4,10 @@ layers, and with the noise levels and the prediction type of `model_sampling`.""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spo.webui.a1111.checkpoint import Checkpoint
 from spo.webui.forked import ordinary, ordinary_weights
@@ -53,11 +52,6 @@ def weights_in_float8() -> bool:
     return unet_of(sd_models.model_data.sd_model).model.get_dtype().itemsize == 1
 
 
-def autocast() -> AbstractContextManager[Any]:
-    """Nothing: the fork's layers cast by themselves."""
-    return nullcontext()
-
-
 def network_to_card(checkpoint: Checkpoint) -> None:
     """Bring the UNet to the card, with the active LoRAs merged, unless it is there: decoding may have sent it away."""
     from ldm_patched.modules import model_management
@@ -65,12 +59,3 @@ def network_to_card(checkpoint: Checkpoint) -> None:
     unet = unet_of(checkpoint.model)
     if not any(loaded.model is unet for loaded in model_management.current_loaded_models):
         model_management.load_models_gpu([unet])
-
-
-def has_moved(checkpoint: Checkpoint, device: torch.device) -> bool:
-    """Never: the fork moves the network as it sees fit, and `denoiser` brings it back."""
-    return False
-
-
-def keep_adapter_precision(network: nn.Module) -> None:
-    """Nothing: the fork patches no class of layers, so the adapter's own are as peft made them."""

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from spo.errors import SpoError
+from spo.webui import forked
 from spo.webui.a1111 import prompts as a1111_prompts
 from spo.webui.a1111.checkpoint import Checkpoint
 from spo.webui.a1111.prompts import EncodedPrompts
 
 
 def activate_networks(prompt: str) -> None:
-    """Make the networks that a prompt names the active ones, and no others; weights follow when they are used."""
+    """As `a1111.activate_networks`."""
     from modules import sd_models
 
-    a1111_prompts.activate_networks(prompt)
-    model = sd_models.model_data.sd_model
-    model.forge_objects = model.forge_objects_after_applying_lora.shallow_copy()
+    forked.activate_networks(prompt, sd_models.model_data.sd_model)
 
 
 def encode_prompts(
