@@ -13,7 +13,6 @@ features fall into. Both heads are the product's fit; that of votes that do not 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import sys
 import time
@@ -26,6 +25,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.rows import add_row, is_done
 from benchmarks.simulated_voters import FLIPPED, TASTES, TIMESTEPS, pair_prompts, rule_of
 from spo.algorithm.diffusion import scaled_linear_alphas_cumprod, training_sigmas
 from spo.demo.run import demo_config
@@ -35,6 +35,8 @@ from spo.headless.host import load_host
 from spo.preference.taste.fit import VoteSet, fit_taste
 from spo.preference.taste.head import TasteHead
 from spo.rng import generator
+
+TABLE = "prompt_votes.csv"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def measure_prompt(work: Path, draws: int) -> None:
             for flips in (True, False):
                 for count in (100, 200, 300):
                     key = {"taste": taste, "flips": str(flips), "votes": str(count), "draw": str(seed)}
-                    if not is_done(work, key):
+                    if not is_done(work / TABLE, key):
                         rows = half_of_each(order, of_votes, count)
                         judging = half_of_each(torch.arange(len(of_held)), of_held, len(of_held))
                         turned = flipped(world, of_votes, flips), flipped(held, of_held, flips)
@@ -154,39 +156,11 @@ def add_prompt_rows(work: Path, key: dict[str, str], world: World, held: World, 
             result = {"refused": "no better than chance"}
         full = key | {"head": head_name, "reads": reads, "voted on": str(len(rows))}
         empty = {f"{before}{n}": math.nan for before in ("", "known prompts ") for n in judging_names()}
-        add_row(work, full | empty | result, began)
+        add_row(work / TABLE, full | empty | result, began)
 
 
 def judging_names() -> list[str]:
     return ["at 1", "clear", *(f"at {timestep}" for timestep in TIMESTEPS[1:])]
-
-
-# ---------------------------------------------------------------------------------------------- rows
-
-
-def rows_of(work: Path) -> list[dict[str, str]]:
-    path = work / "prompt_votes.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def is_done(work: Path, key: dict[str, str]) -> bool:
-    return any(all(row[name] == value for name, value in key.items()) for row in rows_of(work))
-
-
-def add_row(work: Path, values: dict[str, object], began: float) -> None:
-    path = work / "prompt_votes.csv"
-    values = {**values, "cpu_seconds": time.process_time() - began}
-    cells = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in values.items()}
-    is_new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(cells))
-        if is_new:
-            writer.writeheader()
-        writer.writerow(cells)
-    print(cells, flush=True)
 
 
 def main() -> None:

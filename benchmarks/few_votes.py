@@ -1,0 +1,268 @@
+"""What a key press teaches: which pictures to ask about, how to fit the answers, and what the LoRA gains by it.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.few_votes STAGE --work FOLDER
+
+Simulated voters and pairs of simulated_voters.py (its stage `pairs` first; as many of them as there are). One key in
+ten falls on another picture than was meant. What is in FOLDER is not done again. Stages:
+
+    pools     pools of four pictures of the same prompts, parted at the same steps
+    accuracy  heads judged by the order of held-out pairs in truth, noise of its own on both pictures, at timesteps 1,
+              201, 401 and 601; each row is one draw of votes
+    gain      the demo's LoRA that follows a head, 30 updates, judged by the rule on held-out prompts and seeds
+
+Heads, of so many keys:
+
+    random    pairs at random, the product's fit
+    spread    of every eight pairs the one that the members of a head fitted to the votes before disagree about most
+              (half of the pairs at random, then twice a quarter so)
+    bald      the same by what an answer says about the members (BALD, Houlsby et al. 2011, arXiv 1112.5745)
+    clear     the one about which they are surest
+    early     of the half of the pairs that part first; late: of the other half
+    ties      an eighth of the answers, those about the closest pairs, are ties
+    variance  the log-odds are divided by the root of 1 + (s / c)^2 with s the share of noise, c learnt
+    pools     the best and the worst of pools of four at random, which say five comparisons in two keys
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from benchmarks.online_votes import judged as judged_lora
+from benchmarks.prompt_votes import World, judged, read_world
+from benchmarks.rows import add_row, is_done
+from benchmarks.simulated_voters import BATCH, FLIPPED, TASTES, pair_prompts, rule_of
+from benchmarks.taste_slider import as_tensor
+from spo.algorithm.diffusion import scaled_linear_alphas_cumprod, training_sigmas
+from spo.demo.run import demo_config
+from spo.files import write_whole
+from spo.headless.host import load_host
+from spo.preference.taste.fit import FitSettings, VoteSet, davidson_loss, fit_member
+from spo.preference.taste.head import TasteFacts, TasteHead, TasteNetwork
+from spo.progress import Watcher
+from spo.prompts import read_prompts
+from spo.rng import generator, stable_seed
+from spo.training.loop import train
+from spo.training.vote_pairs import make_pools
+
+MEMBERS, UPDATES = 3, 100
+POOLS = 240
+HEADS = (
+    *(f"random {keys}" for keys in (50, 100, 200)),
+    *(f"pools {keys}" for keys in (50, 100, 200)),
+    *(f"{name} 100" for name in ("spread", "bald", "clear", "early", "late", "ties", "variance")),
+)
+TRAINED = ("random 100", "random 200", "pools 50", "pools 100")
+LORA = {"steps": 30, "sampling_steps": 10, "learning_rate": 6e-4, "step_weight": "paper"}
+
+
+@dataclass(frozen=True)
+class Pools:
+    """latents [N, 4, 4, 8, 8]; of a taste values [N, 4]."""
+
+    latents: Tensor
+    values: dict[str, Tensor]
+
+    def votes(self, rows: Tensor, taste: str, seed: int) -> VoteSet:
+        """Two keys each: the best and, of the other three, the worst."""
+        pairs, answers = [], []
+        for row in rows.tolist():
+            draw = generator("few pools", taste, seed, row)
+            order = self.values[taste][row].argsort(descending=True).tolist()
+            best = _pressed(order, 0, draw)
+            worst = _pressed([one for one in order if one != best], -1, draw)
+            middle = [one for one in order if one not in (best, worst)]
+            for better, worse in [(best, worst), *((best, one) for one in middle), *((one, worst) for one in middle)]:
+                swapped = bool(torch.rand((), generator=draw) < 0.5)
+                pairs.append(self.latents[row, [worse, better] if swapped else [better, worse]])
+                answers.append(float(not swapped))
+        return VoteSet(
+            torch.stack(pairs), torch.tensor(answers), tuple(map(str, range(len(pairs)))), "sd15", "demo", ""
+        )
+
+
+def _pressed(order: list[int], meant: int, draw: torch.Generator) -> int:
+    others = [one for one in order if one != order[meant]]
+    if torch.rand((), generator=draw) >= FLIPPED:
+        return order[meant]
+    return others[int(torch.randint(len(others), (), generator=draw))]
+
+
+def make_bank(work: Path) -> None:
+    folder = work / "pools"
+    folder.mkdir(parents=True, exist_ok=True)
+    host, prompts = load_host(demo_config(work)), pair_prompts("votes")
+    for first in range(0, POOLS, BATCH):
+        path = folder / f"{first:04}.safetensors"
+        if not path.exists():
+            some = prompts[first : first + BATCH]
+            host.prepare(list(dict.fromkeys(some)))
+            seeds = [stable_seed("few pools", first + n) % 2**32 for n in range(len(some))]
+            made = make_pools(host, some, seeds, 4, 2 + first // BATCH % 9)
+            pixels = torch.stack([torch.stack([as_tensor(one) for one in pool.pictures]) for pool in made])
+            tensors = {"latents": torch.stack([pool.latents for pool in made]), "pixels": pixels}
+            write_whole(path, lambda temporary, tensors=tensors: save_file(tensors, temporary))  # type: ignore[misc]
+            print(path.name, flush=True)
+
+
+def read_bank(work: Path) -> Pools:
+    batches = [load_file(path) for path in sorted((work / "pools").glob("*.safetensors"))]
+    pixels = torch.cat([batch["pixels"] for batch in batches]).float() / 127.5 - 1
+    values = {taste: rule_of(taste, pixels.flatten(0, 1)).unflatten(0, (-1, 4)) for taste in TASTES}
+    return Pools(torch.cat([batch["latents"] for batch in batches]).float(), values)
+
+
+# ---------------------------------------------------------------------------------------------- heads
+
+
+def fitted(votes: VoteSet, fit: Callable[..., TasteNetwork] = fit_member) -> TasteHead:
+    with torch.enable_grad():
+        members = [fit(votes.latents, votes.answers, FitSettings(updates=UPDATES), member) for member in range(MEMBERS)]
+    return TasteHead(members, TasteFacts(votes=len(votes.answers)))
+
+
+def asked_about(
+    world: World, taste: str, seed: int, order: Tensor, keys: int, by: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Rows: half of the keys at random, and twice a quarter, of every eight of the next the best by the members'
+    probabilities [M, N]."""
+    rows, rest = order[: keys // 2], order[keys // 2 :]
+    for _ in range(2):
+        head = fitted(world.votes(rows, taste, seed))
+        next_ones, rest = rest[: 8 * (keys // 4)], rest[8 * (keys // 4) :]
+        scores = head.member_scores(world.latents[next_ones].flatten(0, 1), 0.0).unflatten(1, (-1, 2))
+        best = by((scores[..., 0] - scores[..., 1]).sigmoid()).unflatten(0, (-1, 8)).argmax(1)
+        rows = torch.cat([rows, next_ones.unflatten(0, (-1, 8)).gather(1, best[:, None])[:, 0]])
+    return rows
+
+
+def spread(probabilities: Tensor) -> Tensor:
+    return probabilities.std(0)
+
+
+def bald(probabilities: Tensor) -> Tensor:
+    """Mutual information of the answer and the member, in nats: entropy of the mean less mean of the entropies."""
+
+    def entropy(p: Tensor) -> Tensor:
+        p = p.clamp(1e-6, 1 - 1e-6)
+        return -(p * p.log() + (1 - p) * (1 - p).log())
+
+    return entropy(probabilities.mean(0)) - entropy(probabilities).mean(0)
+
+
+def clear(probabilities: Tensor) -> Tensor:
+    return (probabilities.mean(0) - 0.5).abs()
+
+
+CHOICES = {"spread": spread, "bald": bald, "clear": clear}
+
+
+def fit_with_variance(latents: Tensor, answers: Tensor, settings: FitSettings, member: int) -> TasteNetwork:
+    """As `fit_member`, but an answer's log-odds are the difference over the root of 1 + (s / c)^2, s^2 = 2 sigma^2 /
+    (1 + sigma^2) the noise of both sides: noise that hides the pictures makes answers less certain, and c is learnt."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(member)
+        network = TasteNetwork(settings.width)
+    log_c, log_tie = torch.nn.Parameter(torch.zeros(())), torch.nn.Parameter(torch.tensor(-1.0))
+    groups = [{"params": list(network.parameters())}, {"params": [log_c, log_tie], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, settings.learning_rate, weight_decay=settings.weight_decay)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, total_steps=settings.updates)
+    sigmas = training_sigmas(scaled_linear_alphas_cumprod())[: settings.timestep_max + 1].float()
+    draw = generator("variance", member)
+    for _ in range(settings.updates):
+        rows = torch.randperm(len(latents), generator=draw)[: settings.pairs_per_update]
+        sigma = sigmas[torch.randint(len(sigmas), (len(rows),), generator=draw)]
+        levels = sigma.repeat_interleave(2)
+        noise = torch.randn(latents[rows].shape, generator=draw)
+        noisy = (latents[rows] + sigma[:, None, None, None, None] * noise).flatten(0, 1)
+        seen = noisy / (1 + levels[:, None, None, None] ** 2).sqrt()
+        scores = network(seen, levels).unflatten(0, (-1, 2))
+        share = 2 * sigma**2 / (1 + sigma**2)
+        difference = (scores[:, 0] - scores[:, 1]) / (1 + share / (2 * log_c).exp()).sqrt()
+        loss = davidson_loss(difference, answers[rows], log_tie).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+    return network.eval().requires_grad_(False)
+
+
+def head_of(name: str, world: World, pools: Pools, taste: str, seed: int) -> TasteHead:
+    way, keys = name.split()[0], int(name.split()[1])
+    order = torch.randperm(len(world.latents), generator=generator("few order", seed))
+    if way == "pools":
+        order = torch.randperm(len(pools.latents), generator=generator("few order", seed))
+        return fitted(pools.votes(order[: keys // 2], taste, seed))
+    if way in CHOICES:
+        order = asked_about(world, taste, seed, order, keys, CHOICES[way])
+    if way in ("early", "late"):
+        from_step = order // BATCH % 9 + 2
+        order = order[from_step <= 5] if way == "early" else order[from_step >= 7]
+    votes = world.votes(order[:keys], taste, seed)
+    if way == "ties":
+        size = world.differences[taste][order[:keys]].abs()
+        votes.answers[size <= size.kthvalue(keys // 8).values] = 0.5
+    return fitted(votes, fit_with_variance if way == "variance" else fit_member)
+
+
+# ---------------------------------------------------------------------------------------------- stages
+
+
+def measure_accuracy(work: Path, draws: int) -> None:
+    world, held, pools = read_world(work, "votes"), read_world(work, "held_out"), read_bank(work)
+    table = work / "few_votes.csv"
+    for seed in range(draws):
+        for taste in TASTES:
+            for name in HEADS:
+                key = {"head": name, "taste": taste, "draw": str(seed)}
+                if not is_done(table, key):
+                    began = time.process_time()
+                    head = head_of(name, world, pools, taste, seed)
+                    add_row(table, key | judged(head, held, held.differences[taste]), began)
+
+
+def measure_gain(work: Path, draws: int) -> None:
+    world, pools, table = read_world(work, "votes"), read_bank(work), work / "few_votes_gain.csv"
+    for seed in range(draws):
+        for taste in TASTES:
+            for name in TRAINED:
+                key = {"head": name, "taste": taste, "draw": str(seed)}
+                if not is_done(table, key):
+                    began = time.process_time()
+                    output = work / f"gain_{name.replace(' ', '_')}_{taste}_{seed}.safetensors"
+                    values = {"output": str(output), "preference": "", "seed": seed, **LORA}
+                    values |= {"sample_every": 0, "save_every": 0, "validate_every": 0}
+                    config = demo_config(work, values)
+                    host, head = load_host(config), head_of(name, world, pools, taste, seed)
+                    with torch.enable_grad():
+                        train(host, config, read_prompts(config.prompt.prompts), head, Watcher())
+                    add_row(table, key | judged_lora(work, host, output, taste), began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=("pools", "accuracy", "gain"))
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--draws", type=int, default=10)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        if options.stage == "pools":
+            make_bank(options.work)
+        else:
+            {"accuracy": measure_accuracy, "gain": measure_gain}[options.stage](options.work, options.draws)
+
+
+if __name__ == "__main__":
+    main()
