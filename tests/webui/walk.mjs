@@ -6,7 +6,7 @@
 // CHROMIUM names the browser (default /usr/bin/chromium), UPDATES the length of the run (default 110), NAME the LoRA;
 // FROM=compare begins at the comparison, with a LoRA that is there. In forks, which do not take
 // the demo's checkpoint: CHECKPOINT, PREFERENCE (a model that is there), SETTINGS (saved ones, in place of the demo's
-// preset) and PICTURE_STEPS (of the plot's pictures). Exit 1: a step failed.
+// preset) and PICTURE_STEPS (of the plot's and the comparison's pictures). Exit 1: a step failed.
 import { expect, fill, inner, message, open, page, pause, phase, pick, shot, tab, until, value, walk } from "./walk_steps.mjs";
 
 const UPDATES = process.env.UPDATES || "110";
@@ -41,7 +41,7 @@ async function train() {
     await page.locator("#spo_sample").click();
     await pause(8000);
     await page.locator("#spo_stop_save").click();
-    await until("stopped", async () => (await phase()) === "stopped", 120);
+    await until("stopped", async () => (await phase()) === "stopped", 600);
     console.log(await message());
     await inner("Runs");
     await page.locator("#spo_run_refresh").click();
@@ -74,7 +74,7 @@ async function train() {
     await pick("script_txt2img_xyz_plot_y_type", "Prompt S/R");
     await fill("script_txt2img_xyz_plot_y_values", "strawberry, rose, owl");
     await page.locator("#txt2img_generate").click();
-    await until("the plot", async () => (await page.locator("#txt2img_gallery img").count()) > 0 && !(await page.locator("#txt2img_results .progressDiv").count()), 240);
+    await until("the plot", async () => (await page.locator("#txt2img_gallery img").count()) > 0 && !(await page.locator("#txt2img_results .progressDiv").count()), 900);
     await pause(1500);
     await page.evaluate(() => window.scrollTo(0, 0));
     await shot("xyz");
@@ -95,9 +95,10 @@ await walk(async () => {
     await fill("spo_compare_seeds", "1, 2");
     await pick("spo_compare_preference", process.env.PREFERENCE || "demo");
     for (const side of ["width", "height"]) await fill(`spo_compare_${side}`, "64");
+    if (PICTURE_STEPS) await fill("spo_compare_steps", PICTURE_STEPS);
     await page.locator("#spo_compare_start").click();
     const compared = () => page.locator("#spo_compare_status .spo-status").first().evaluate((e) => e.dataset.phase);
-    await until("the comparison", async () => (await compared()) === "finished" && (await page.locator("#spo_compare_pictures img").count()), 240);
+    await until("the comparison", async () => (await compared()) === "finished" && (await page.locator("#spo_compare_pictures img").count()), 900);
     await pause(1000);
     await shot("compare");
 

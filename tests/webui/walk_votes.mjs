@@ -13,6 +13,7 @@ const VOTES = Number(process.env.VOTES || (SIZE === 2 ? "60" : "12"));
 const UPDATES = process.env.UPDATES || "60";
 const NAME = process.env.NAME || "by-votes";
 const CHECKPOINT = process.env.CHECKPOINT || "spo-demo";
+const { SETTINGS } = process.env;
 const shown = (name) => page.locator("#spo_vote_pair .spo-vote").first().evaluate((e, name) => e.dataset[name], name);
 await walk(async () => {
     await open(1280, 1000);
@@ -31,7 +32,7 @@ await walk(async () => {
     let last = "";
     for (let n = 0; n < VOTES; n++) {
         let now = "";
-        await until("pictures", async () => (now = await shown("pair")) !== "" && now !== last, 120);
+        await until("pictures", async () => (now = await shown("pair")) !== "" && now !== last, 600);
         last = now;
         if (n === Math.min(12, VOTES - 1)) {
             await page.evaluate(() => window.scrollTo(0, 0));
@@ -39,7 +40,7 @@ await walk(async () => {
         }
         await vote(SIZE);
         if (n === Math.min(20, VOTES - 2)) { // take one back and vote again
-            await until("the next", async () => !["", last].includes(await shown("pair")), 60);
+            await until("the next", async () => !["", last].includes(await shown("pair")), 300);
             await page.keyboard.press("Backspace");
             await until("the pictures again", async () => (await shown("pair")) === last, 30);
             await vote(SIZE);
@@ -62,7 +63,7 @@ await walk(async () => {
 
     await fill("spo_vote_name", NAME);
     await page.locator("#spo_vote_fit").click();
-    await until("the fit", async () => /Saved as|role="alert"/.test(await page.locator("#spo_vote_fitted").first().innerHTML()), 600);
+    await until("the fit", async () => /Saved as|role="alert"/.test(await page.locator("#spo_vote_fitted").first().innerHTML()), 1500);
     const fitted = await page.locator("#spo_vote_fitted").first().innerText();
     console.log(fitted);
     await page.locator("#spo_vote_fit").scrollIntoViewIfNeeded();
@@ -71,7 +72,11 @@ await walk(async () => {
     expect("nothing was fitted", fitted.includes("Saved as"));
 
     await inner("Train");
-    await pick("spo_preset", "Demo checkpoint");
+    if (SETTINGS) {
+        await page.locator("#spo_saved .label-wrap").first().click();
+        await pick("spo_settings_load", SETTINGS);
+        await pause(2500);
+    } else await pick("spo_preset", "Demo checkpoint");
     await page.locator("#spo_preference_refresh").click();
     await pause(1500);
     await pick("spo_preference", NAME);
@@ -92,9 +97,10 @@ await walk(async () => {
     await page.keyboard.press("Tab");
     await fill("spo_compare_prompts", "owl\nrocket");
     for (const side of ["width", "height"]) await fill(`spo_compare_${side}`, "64");
+    if (process.env.VOTE_STEPS) await fill("spo_compare_steps", process.env.VOTE_STEPS);
     await page.locator("#spo_compare_start").click();
     const compared = () => page.locator("#spo_compare_status .spo-status").first().evaluate((e) => e.dataset.phase);
-    await until("the comparison", async () => (await compared()) === "finished" && (await page.locator("#spo_compare_pictures img").count()), 240);
+    await until("the comparison", async () => (await compared()) === "finished" && (await page.locator("#spo_compare_pictures img").count()), 900);
     await pause(1000);
     await shot("compare_votes");
 });
