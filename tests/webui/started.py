@@ -18,12 +18,14 @@ from tests.webui import fork_checkpoints
 FOLDER = os.environ.get("SPO_WEBUI_DIR")
 IS_FORK = bool(FOLDER) and (Path(str(FOLDER)) / "modules_forge").is_dir()
 IS_FORGE = IS_FORK and not (Path(str(FOLDER)) / "ldm_patched").is_dir()  # with the package `backend`; Forge's, neo's
+IS_NEO = IS_FORGE and "--always-cpu" not in (Path(str(FOLDER)) / "backend" / "args.py").read_text()
 SD15, SDXL = ("spo-test-sd15", "spo-test-sdxl") if IS_FORK else ("tiny-sd1", "tiny-sdxl")
 SIZE = 64 if IS_FORK else 128  # of test pictures; a fork's VAE is of full size, and slow on a CPU
 
-FLAGS = ["--skip-prepare-environment", "--skip-torch-cuda-test", "--no-hashing", "--disable-nan-check", "--nowebui"]
-OF_A1111 = ["--do-not-download-clip", "--use-cpu", "all", "--no-half", "--precision", "full"]
-OF_FORKS = ["--always-cpu", "--skip-version-check"]
+FLAGS = ["--skip-prepare-environment", "--skip-torch-cuda-test", "--no-hashing", "--nowebui"]
+OF_A1111 = ["--do-not-download-clip", "--use-cpu", "all", "--no-half", "--precision", "full", "--disable-nan-check"]
+OF_FORKS = ["--always-cpu", "--skip-version-check", "--disable-nan-check"]
+OF_NEO = ["--cpu", "--skip-version-check"]
 
 
 def find() -> None:
@@ -39,7 +41,7 @@ def started() -> Iterator[None]:
     former = os.getcwd(), list(sys.argv)
     os.chdir(FOLDER)
     find()
-    sys.argv = ["launch.py", *FLAGS, *(OF_FORKS if IS_FORK else OF_A1111)]
+    sys.argv = ["launch.py", *FLAGS, *(OF_NEO if IS_NEO else OF_FORKS if IS_FORK else OF_A1111)]
     try:
         if "modules.initialize" not in sys.modules:
             _start()

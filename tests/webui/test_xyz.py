@@ -14,6 +14,7 @@ import pytest
 
 from spo.errors import SpoError
 from spo.webui import xyz
+from tests.webui import started
 from tests.webui import test_host as host
 
 webui = host.webui
@@ -149,10 +150,10 @@ def trained(webui, tmp_path):
     import networks
     from modules import shared
 
-    host.load("tiny-sd1")
+    host.load(started.SD15)
     folder = Path(shared.cmd_opts.lora_dir)
     changes = {"learning_rate": 0.1, "save_every": 1, "steps": 2, "output": str(tmp_path / "spo-test-xyz.safetensors")}
-    host.train_tiny(tmp_path, "tiny-sd1", "sd15", **changes)
+    host.train_tiny(tmp_path, started.SD15, "sd15", **changes)
     made = sorted(tmp_path.glob("spo-test-xyz*.safetensors"))
     for path in made:
         (folder / path.name).write_bytes(path.read_bytes())
@@ -190,7 +191,7 @@ def test_in_the_real_plot(trained, monkeypatch, swapped):
     weights = (places[xyz.WEIGHT], "0, 1", [])
     axes = (*weights, *loras) if swapped else (*loras, *weights)
     p = processing.StableDiffusionProcessingTxt2Img(
-        sd_model=shared.sd_model, prompt="a fox", seed=7, steps=4, cfg_scale=5, width=128, height=128,
+        sd_model=shared.sd_model, prompt="a fox", seed=7, steps=4, cfg_scale=5, width=started.SIZE, height=started.SIZE,
         sampler_name="Euler a", do_not_save_samples=True, do_not_save_grid=True,
     )  # fmt: skip
     p.scripts, p.script_args = runner, (1, *axes, 0, "", [], True, True, False, False, False, False, False, 0, False)

@@ -7,7 +7,7 @@
 // FROM=compare begins at the comparison, with a LoRA that is there. In forks, which do not take
 // the demo's checkpoint: CHECKPOINT, PREFERENCE (a model that is there), SETTINGS (saved ones, in place of the demo's
 // preset) and PICTURE_STEPS (of the plot's and the comparison's pictures). Exit 1: a step failed.
-import { expect, fill, inner, message, open, page, pause, phase, pick, shot, tab, until, value, walk } from "./walk_steps.mjs";
+import { expect, fill, inner, message, open, page, pause, phase, pick, settings, shot, tab, until, value, walk } from "./walk_steps.mjs";
 
 const UPDATES = process.env.UPDATES || "110";
 const NAME = process.env.NAME || "vivid";
@@ -18,11 +18,7 @@ async function train() {
     await pick("setting_sd_model_checkpoint", process.env.CHECKPOINT || "spo-demo");
     await pause(5000);
     await tab("SPO");
-    if (SETTINGS) {
-        await page.locator("#spo_saved .label-wrap").first().click();
-        await pick("spo_settings_load", SETTINGS);
-        await pause(2500);
-    } else await pick("spo_preset", "Demo checkpoint");
+    await settings(SETTINGS);
     if (process.env.PREFERENCE) await pick("spo_preference", process.env.PREFERENCE);
     await page.locator("#spo_bundled").click();
     await pause(800);

@@ -50,6 +50,13 @@ export async function fill(id, text) {
     await box.press("Tab");
     await pause(300);
 }
+// Saved settings on the Train tab, or the demo's preset
+export async function settings(saved) {
+    if (!saved) return pick("spo_preset", "Demo checkpoint");
+    await page.locator("#spo_saved .label-wrap").first().click();
+    await pick("spo_settings_load", saved);
+    await pause(2500);
+}
 export const value = (id) => page.locator(`#${id} textarea, #${id} input`).first().inputValue();
 export async function shot(name) {
     await page.screenshot({ path: `${folder}/${name}.png` });

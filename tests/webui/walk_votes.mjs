@@ -5,15 +5,15 @@
 //
 // VOTES (default 60; of pools 12), SIZE (2 or 4 pictures at a time), UPDATES (default 60; 0: without training), NAME
 // (default by-votes), CHROMIUM as in walk.mjs. CHECKPOINT and VOTE_STEPS: another checkpoint than the demo's, which forks
-// do not take, and how many sampling steps its pictures get. Exit 1: a step failed.
-import { expect, fill, inner, open, page, pause, phase, pick, shot, tab, until, vote, walk } from "./walk_steps.mjs";
+// do not take, and how many sampling steps its pictures get; SETTINGS: saved ones to train by, in place of the demo's
+// preset. Exit 1: a step failed.
+import { expect, fill, inner, open, page, pause, phase, pick, settings, shot, tab, until, vote, walk } from "./walk_steps.mjs";
 
 const SIZE = Number(process.env.SIZE || "2");
 const VOTES = Number(process.env.VOTES || (SIZE === 2 ? "60" : "12"));
 const UPDATES = process.env.UPDATES || "60";
 const NAME = process.env.NAME || "by-votes";
 const CHECKPOINT = process.env.CHECKPOINT || "spo-demo";
-const { SETTINGS } = process.env;
 const shown = (name) => page.locator("#spo_vote_pair .spo-vote").first().evaluate((e, name) => e.dataset[name], name);
 await walk(async () => {
     await open(1280, 1000);
@@ -72,11 +72,7 @@ await walk(async () => {
     expect("nothing was fitted", fitted.includes("Saved as"));
 
     await inner("Train");
-    if (SETTINGS) {
-        await page.locator("#spo_saved .label-wrap").first().click();
-        await pick("spo_settings_load", SETTINGS);
-        await pause(2500);
-    } else await pick("spo_preset", "Demo checkpoint");
+    await settings(process.env.SETTINGS);
     await page.locator("#spo_preference_refresh").click();
     await pause(1500);
     await pick("spo_preference", NAME);
