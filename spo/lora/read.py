@@ -254,16 +254,24 @@ def check_matches(file: LoraFile, network: nn.Module, naming: str, architecture:
     if file.architecture != architecture:
         theirs, ours = TITLE[file.architecture], TITLE.get(architecture, architecture)
         raise SpoError(f'"{name}" is a LoRA for {theirs}, and the checkpoint is {ours}.')
-    shapes = {
-        module_name: tuple(module.weight.shape)
-        for module_name, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
+    shapes = {place: shape for place, module in network.named_modules() if (shape := _weight_shape(module))}
     modules = modules_by_file_name(shapes, naming, architecture)
     missing = [key for key in file.layers if key not in modules]
     if missing:
         raise SpoError(f'"{name}" has {len(missing)} layers that the checkpoint has not, the first "{missing[0]}".')
     return {modules[key]: _shaped_like(name, key, layer, shapes[modules[key]]) for key, layer in file.layers.items()}
+
+
+def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:
+    """[out, in] or [out, in, h, w]; None for what is no linear layer or convolution.
+
+    A linear layer need not be torch's: Forge has its own, whose weight may be packed in 4 bits.
+    """
+    if isinstance(module, nn.Conv2d):
+        return tuple(module.weight.shape)
+    if hasattr(module, "out_features") and hasattr(module, "in_features"):
+        return int(module.out_features), int(module.in_features)
+    return None
 
 
 def _shaped_like(file_name: str, key: str, layer: LoraLayer, shape: tuple[int, ...]) -> LoraLayer:

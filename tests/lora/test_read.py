@@ -343,3 +343,19 @@ def test_a_linear_layer_fits_a_convolution_of_one_pixel(shape: tuple[int, ...]) 
     network.mid_block.attentions[0].proj_in = nn.Linear(4, 6)
     found = check_matches(file, network, "diffusers", "sd15")["mid_block.attentions.0.proj_in"]
     assert (found.down.shape, found.up.shape) == ((2, 4), (6, 2))
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that is not torch's, with its weight packed."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.zeros(in_features * out_features // 2, 1))
+
+
+def test_a_linear_layer_need_not_be_torch_s() -> None:
+    network = Network()
+    network.mid_block.attentions[0].proj_in = PackedLinear(4, 6)
+    file = read("sd15", {"lora_unet_mid_block_attentions_0_proj_in": layer(shape=(6, 4))})
+    assert check_matches(file, network, "diffusers", "sd15")["mid_block.attentions.0.proj_in"].weight_shape == (6, 4)
