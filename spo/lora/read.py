@@ -269,9 +269,8 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...] | None:
     """
     if isinstance(module, nn.Conv2d):
         return tuple(module.weight.shape)
-    if hasattr(module, "out_features") and hasattr(module, "in_features"):
-        return int(module.out_features), int(module.in_features)
-    return None
+    out, into = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return (out, into) if isinstance(out, int) and isinstance(into, int) else None
 
 
 def _shaped_like(file_name: str, key: str, layer: LoraLayer, shape: tuple[int, ...]) -> LoraLayer:
