@@ -30,7 +30,7 @@ export async function click(selector) {
     await pause(300);
 }
 export async function tab(name) {
-    await page.locator("#tabs > .tab-nav button", { hasText: new RegExp(`^\\s*${name}\\s*$`) }).first().click();
+    await page.locator("#tabs > .tab-nav button", { hasText: new RegExp(`^\\s*${name}\\s*$`, "i") }).first().click(); // Forge: Txt2img
     await pause(1200);
 }
 export async function inner(name) {
