@@ -21,7 +21,7 @@ async function train() {
     await settings(SETTINGS);
     if (process.env.PREFERENCE) await pick("spo_preference", process.env.PREFERENCE);
     await page.locator("#spo_bundled").click();
-    await pause(800);
+    await until("the prompts", async () => (await value("spo_prompts")) !== "", 60);
     await fill("spo_name", NAME);
     await fill("spo_steps", UPDATES);
     await page.locator("#spo_start").click();

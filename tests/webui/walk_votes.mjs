@@ -7,7 +7,7 @@
 // (default by-votes), CHROMIUM as in walk.mjs. CHECKPOINT and VOTE_STEPS: another checkpoint than the demo's, which forks
 // do not take, and how many sampling steps its pictures get; SETTINGS: saved ones to train by, in place of the demo's
 // preset. Exit 1: a step failed.
-import { expect, fill, inner, open, page, pause, phase, pick, settings, shot, tab, until, vote, walk } from "./walk_steps.mjs";
+import { expect, fill, inner, open, page, pause, phase, pick, settings, shot, tab, until, value, vote, walk } from "./walk_steps.mjs";
 
 const SIZE = Number(process.env.SIZE || "2");
 const VOTES = Number(process.env.VOTES || (SIZE === 2 ? "60" : "12"));
@@ -24,6 +24,7 @@ await walk(async () => {
     await page.locator("#spo_vote_making .label-wrap").click();
     await fill("spo_vote_folder", NAME);
     await page.locator("#spo_vote_bundled").click();
+    await until("the prompts to vote on", async () => (await value("spo_vote_prompts")) !== "", 60);
     if (SIZE === 4) await page.locator("#spo_vote_size label", { hasText: "Four" }).click();
     for (const side of ["width", "height"]) await fill(`spo_vote_${side}`, "64");
     if (process.env.VOTE_STEPS) await page.locator("#spo_vote_steps input[type=number]").fill(process.env.VOTE_STEPS);
@@ -77,7 +78,7 @@ await walk(async () => {
     await pause(1500);
     await pick("spo_preference", NAME);
     await page.locator("#spo_bundled").click();
-    await pause(800);
+    await until("the prompts", async () => (await value("spo_prompts")) !== "", 60);
     await fill("spo_name", NAME);
     await fill("spo_steps", UPDATES);
     await page.locator("#spo_start").click();

@@ -18,7 +18,7 @@ from spo.preference.taste.votes import VoteFolder, VotePool, pair_id
 from spo.preference.taste.waiting import WaitingPools
 from spo.webui import folders, seam
 from spo.webui.jobs import job, voting
-from tests.webui import stand_in
+from tests.webui import stand_in, started
 from tests.webui import test_host as host
 
 webui = host.webui
@@ -124,7 +124,7 @@ def test_names_of_votes_follow_one_rule(no_webui, name):
         voting.votes_folder(name)
 
 
-def wait_for(what, seconds=60):
+def wait_for(what, seconds=300 if started.IS_FORK else 60):
     for _ in range(seconds * 20):
         if what():
             return
@@ -138,7 +138,7 @@ def wait_for(what, seconds=60):
 def test_votes_are_kept_and_the_checkpoint_is_as_before(models, name, architecture, from_step):
     host.load(name)
     before = host.txt2img("Euler a")
-    request = voting.VotingRequest("mine", ["a fox", "a boat"], from_step, 6, 5.0, 128, 128)
+    request = voting.VotingRequest("mine", ["a fox", "a boat"], from_step, 6, 5.0, started.SIZE, started.SIZE)
     session = voting.start(request)
     try:
         voted = []
@@ -163,7 +163,7 @@ def test_votes_are_kept_and_the_checkpoint_is_as_before(models, name, architectu
 
 @in_webui
 def test_what_cannot_be_voted_on_is_said(models):
-    host.load("tiny-sd1")
+    host.load(started.SD15)
     for request, told in (
         (voting.VotingRequest("../x", ["a"]), "name of the votes"),
         (voting.VotingRequest("mine", [" "]), "no prompts"),
@@ -183,9 +183,9 @@ def test_two_pictures_of_ones_own(models, name, architecture):
     folder = VoteFolder(models / "votes" / "mine")
     (vote,) = folder.votes()
     assert (vote.answer, vote.prompt, vote.architecture) == ("right", "a fox", architecture)
-    assert folder.latents(vote.id).shape == (2, 4, 16, 16)
+    assert folder.latents(vote.id).shape == (2, 4, started.SIZE // 8, started.SIZE // 8)
     with pytest.raises(SpoError, match="two of the same size"):
-        voting.add_pictures("mine", "a fox", left, right.resize((64, 64)), "left")
+        voting.add_pictures("mine", "a fox", left, right.resize((48, 48)), "left")
     with pytest.raises(SpoError, match="prompt is missing"):
         voting.add_pictures("mine", " ", left, right, "left")
 
