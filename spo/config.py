@@ -150,8 +150,14 @@ class PreferenceConfig:
 @dataclass(frozen=True)
 class LossConfig:
     method: str = _setting(
-        "spo", "pairs of every denoising step (spo), or Diffusion-DPO on pairs of finished pictures (dpo)", "spo", "dpo"
+        "spo",
+        "pairs of every denoising step (spo), Diffusion-DPO on pairs of finished pictures (dpo), or what the taste "
+        "slider does with a taste head, learnt by the LoRA (steer)",
+        "spo",
+        "dpo",
+        "steer",
     )
+    steer_strength: float = _setting(1.0, "how far method steer follows the taste, as the taste slider", low=-4, high=4)
     dpo_beta: float = _setting(2000.0, "strength of the preference loss of method dpo", low=1e-6, high=1e6)
     beta: float = _setting(10.0, "strength of the preference loss", low=1e-6, high=1e6)
     step_weight: str = _setting(
@@ -341,6 +347,8 @@ def build_config(values: Mapping[str, Any], architecture: str = "sd15") -> Confi
             raise SpoError(f"{side} is {checked[side]} pixels; accepted are multiples of 8 from 64.")
     if checked.get("method") == "dpo":
         checked["train_guidance"] = False  # as published: its loss is of the network's own prediction
+    if checked.get("method") == "steer":
+        checked |= {"threshold": 0.0, "inner_steps": 0}  # it learns at every latent, whatever the verdict on its pool
     checked["alpha"] = checked.get("alpha") or float(checked.get("rank", known["rank"].default))
     sections = {}
     for section, record in typing.get_type_hints(Config).items():

@@ -28,7 +28,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from spo.algorithm.diffusion import AncestralStep, ancestral_step, precise, transition_log_density, transition_mean
+from spo.algorithm.diffusion import (
+    AncestralStep,
+    ancestral_step,
+    per_image,
+    precise,
+    transition_log_density,
+    transition_mean,
+)
 from spo.algorithm.pairs import Pairs
 from spo.errors import SpoError
 
@@ -184,6 +191,34 @@ def pair_loss(
             policy_win - reference_win, policy_lose - reference_lose, pairs, mean_win, mean_lose, eta, refinements
         )
     )
+
+
+def shift_loss(
+    policy: PairDenoiser, reference: PairDenoiser, pairs: Pairs, shift: Tensor, length: Tensor, eta: float = 1.0
+) -> PairLoss:
+    """How far the policy's prediction is from the reference's, moved: |denoised - denoised_ref - shift|^2 / (D l^2).
+
+    No verdict is in it. The ratios say all the same whether the policy has come to favour the winners: they are those
+    of the pairs' transitions. Nothing is clamped.
+
+    pairs   whose sides start from one latent, x_win; shift  [P, C, H, W] what the prediction is to move by there
+    length  [P] root mean square of a full shift, by which all noise levels weigh alike; others as in `pair_loss`
+    """
+    sigma, noise = pairs.sigma, transition_noise(pairs.sigma, pairs.sigma_next, eta)
+    with torch.no_grad():
+        target = reference(pairs.x_win, sigma, pairs.image, pairs.step)
+    denoised = policy(pairs.x_win, sigma, pairs.image, pairs.step)
+    loss = ((denoised - target - shift) / per_image(length, shift)).square().flatten(1).mean(1)
+
+    def log_density(x_next: Tensor, prediction: Tensor) -> Tensor:
+        return transition_log_density(x_next, transition_mean(pairs.x_win, prediction, sigma, noise.down), noise.up)
+
+    with torch.no_grad():
+        ratio_win, ratio_lose = (
+            (log_density(x_next, denoised) - log_density(x_next, target)).exp()
+            for x_next in (pairs.next_win, pairs.next_lose)
+        )
+    return PairLoss(loss, ratio_win, ratio_lose, torch.zeros_like(loss, dtype=torch.bool))
 
 
 def _refined(

@@ -39,7 +39,7 @@ from spo.lora.adapter import Adapter, configured_adapter
 from spo.preference.load import load_preference
 from spo.progress import Watcher
 from spo.training.finished_pairs import FinishedPairs, finished_pairs, noised
-from spo.training.gradient import accumulate_gradient, configured_loss
+from spo.training.gradient import accumulate_gradient, configured_loss, taste_to_learn
 from spo.training.host import ladder_of, rollout_settings
 from spo.training.imaginary_card import imaginary_card
 from spo.training.judges import load_judges
@@ -120,6 +120,7 @@ def count_memory(config: Config, prompts: Sequence[str], *, on_card: bool = Fals
             if config.preference.preference:
                 preference = load_preference(config, host.device, host.architecture)
             judges = load_judges(config, host, lambda text: None)
+        taste = taste_to_learn(config, preference)
         host.decode = _in_phase(ruler, "decode", host.decode)  # type: ignore[method-assign]
         if preference is not None:
             preference = _ScoredInPhase(preference, ruler)
@@ -147,7 +148,7 @@ def count_memory(config: Config, prompts: Sequence[str], *, on_card: bool = Fals
                 clean = FinishedPairs(list(batch), zeros, zeros)
                 pending.add(noised(clean, range(len(batch)), ("plan",), config, host), batch)
         else:
-            assert preference is not None, "method spo needs a preference model"
+            assert preference is not None, "this method needs a preference model"
             with ruler.phase("rollout"):
                 pending.add(*_rolled_out(host, config, batch, preference, portions, watcher, waiting_pairs, card))
         with ruler.phase("train"):
@@ -156,7 +157,8 @@ def count_memory(config: Config, prompts: Sequence[str], *, on_card: bool = Fals
                 pairs = update.rows(torch.arange(min(portions.pairs.size, len(update))))
                 if len(update) > len(pairs):
                     _fill_gradients(adapter)
-            accumulate_gradient(host, adapter, pairs, batch, config, configured_loss(config), portions, scaler)
+            loss = configured_loss(config)
+            accumulate_gradient(host, adapter, pairs, batch, config, loss, portions, scaler, taste=taste)
             optimizer_step(optimizer, scaler, adapter, watcher)
         if judges:
             optimizer.zero_grad(set_to_none=True)

@@ -62,8 +62,7 @@ class Steering:
                 f'The taste head "{self.head.name}" has no finite gradient at sigma {float(sigma[0]):.3g}: the latents '
                 "are not finite, or too small for it; use another VAE or precision, larger pictures, or less strength."
             )
-        noise_share = (precise(sigma) / (1 + precise(sigma) ** 2).sqrt()).to(size)
-        length = self.strength * FULL * noise_share / size.clamp(min=torch.finfo(size.dtype).tiny)
+        length = self.strength * full_length(sigma).to(size) / size.clamp(min=torch.finfo(size.dtype).tiny)
         length = torch.where(sigma.to(size) > NOISIEST, 0.0, length)
         return direction * per_image(length, direction)
 
@@ -100,6 +99,12 @@ class Steering:
         """[members, ...] of each weight."""
         weights, buffers = stack_module_state(list(self.head.members))
         return {name: tensor.detach() for name, tensor in {**weights, **buffers}.items()}
+
+
+def full_length(sigma: Tensor) -> Tensor:
+    """[N] float64 root mean square of what strength 1 adds to the prediction, wherever it adds anything."""
+    level = precise(sigma)
+    return FULL * level / (1 + level**2).sqrt()
 
 
 def steering(model: PreferenceModel, strength: float, text: Tensor | None = None) -> Steering:

@@ -43,7 +43,7 @@ from spo.runs.metrics import MetricsFile, write_rows
 from spo.runs.state import Stateful, load_state, save_state
 from spo.training.average import AverageWeights
 from spo.training.finished_pairs import finished_pairs, noised, prompts_of_pairs
-from spo.training.gradient import accumulate_gradient, configured_loss
+from spo.training.gradient import accumulate_gradient, configured_loss, taste_to_learn
 from spo.training.host import Host, rollout_settings
 from spo.training.live_taste import LiveTaste
 from spo.training.memory import (
@@ -132,6 +132,7 @@ def train(
     loss = loss or configured_loss(config)
     portions = portions_of(config)
     is_main = processes.index == 0
+    taste_to_learn(config, preference)
     if isinstance(preference, LiveTaste) and processes.count > 1:  # each would read other votes, and score otherwise
         raise SpoError(f"A run that learns from votes on the way needs one process, not {processes.count}.")
 
@@ -335,7 +336,7 @@ def train(
                         draws = (config.run.seed, "noised", position.batch)
                         new_pairs = noised(finished_ones, rows, draws, config, host)
                     else:
-                        assert preference is not None, "method spo needs a preference model"
+                        assert preference is not None, "this method needs a preference model"
                         of = share_of(processes, range(len(batch_prompts)))
                         mine = partial(
                             roll_out, host, window.narrowed(config, position.batch), [batch_prompts[i] for i in of],
@@ -382,7 +383,7 @@ def train(
                         optimizer.zero_grad(set_to_none=True)  # from scratch, so that it can be done again
                         return accumulate_gradient(
                             host, adapter, pairs, pending.prompts, config, loss, portions, scaler,
-                            share_of(processes, range(len(pairs))),
+                            share_of(processes, range(len(pairs))), taste_to_learn(config, preference),
                         )  # fmt: skip
 
                     def lessened() -> list[PairLoss]:

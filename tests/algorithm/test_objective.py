@@ -24,6 +24,7 @@ from spo.algorithm.objective import (
     dpo_loss,
     losing_share,
     pair_loss,
+    shift_loss,
     spo_loss,
     step_factor,
     transition_noise,
@@ -266,3 +267,40 @@ def test_sparing_the_winner_changes_the_gradient_of_the_losing_side_only():
     share = losing_share(*errors, 0.9).double()[:, None, None, None]
     assert float(share.max()) < 0.5
     torch.testing.assert_close(scaled, share * lose, rtol=1e-5, atol=1e-12)
+
+
+# ---- a shift that is learnt
+
+
+def test_the_loss_of_a_shift_has_its_closed_form():
+    """0 where the policy is the reference moved by it; the shift's mean square by lengths squared where it is not."""
+    draw = torch.Generator().manual_seed(0)
+    x, win, lose, prediction, shift = torch.randn(5, 3, 4, 8, 8, generator=draw, dtype=torch.float64)
+    pairs = shared_pairs(x, win, lose, torch.tensor([9.0, 2.0, 0.5]), torch.tensor([5.0, 1.0, 0.2]))
+    length = torch.tensor([0.2, 0.1, 0.05], dtype=torch.float64)
+    share = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
+
+    def reference(x, sigma, image, step):
+        return prediction
+
+    def policy(x, sigma, image, step):
+        return prediction + share * shift
+
+    made = shift_loss(policy, reference, pairs, shift, length)
+    expected = shift.square().flatten(1).mean(1) / length**2
+    torch.testing.assert_close(made.loss, 0.75**2 * expected)
+    torch.testing.assert_close(torch.autograd.grad(made.loss.sum(), share)[0], -1.5 * expected.sum())
+    moved = shift_loss(lambda *_: prediction + shift, reference, pairs, shift, length)
+    torch.testing.assert_close(moved.loss, torch.zeros(3, dtype=torch.float64))
+    assert not bool(moved.clamped.any())
+
+
+def test_the_ratios_of_a_shift_are_those_of_the_pairs_transitions():
+    draw = torch.Generator().manual_seed(1)
+    x, win, lose, by_policy, by_reference = torch.randn(5, 3, 4, 8, 8, generator=draw)
+    pairs = shared_pairs(x, win, lose, torch.tensor([9.0, 2.0, 0.5]), torch.tensor([5.0, 1.0, 0.2]))
+    networks = (lambda *_: by_policy), (lambda *_: by_reference)
+    made = shift_loss(*networks, pairs, torch.zeros_like(x), torch.ones(3))
+    expected = pair_loss(*networks, pairs, lambda win, lose: spo_loss(win, lose, 10.0, 0.1))
+    torch.testing.assert_close(made.ratio_win, expected.ratio_win)
+    torch.testing.assert_close(made.ratio_lose, expected.ratio_lose)

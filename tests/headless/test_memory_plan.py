@@ -15,8 +15,11 @@ from spo.headless.memory_plan import PHASES, RESERVE_GIB, MemoryPlan, count_memo
 from spo.preference.cnn_file import save_cnn
 from spo.preference.latent_cnn import LatentCNN
 from spo.preference.pixel_cnn import PixelCNN
+from spo.preference.taste.fit import fit_taste
+from spo.preference.taste.head import save_taste
 from spo.presets import NAMED
 from tests.tiny_checkpoints import write_tiny_sd15, write_tiny_sdxl
+from tests.vote_worlds import QUICK, vote_set
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,14 @@ def test_method_dpo_is_counted(files, given):
     memory = count_memory(config(files, "sd15", **changes), ["a fox", "a boat"], on_card=True)
     assert set(memory.phases_gib) == {"load", "encode", "train"} | (set() if given else {"rollout", "score"})
     assert all(0 < gib < 1 for gib in memory.phases_gib.values())
+
+
+@pytest.mark.slow
+def test_method_steer_is_counted(files):
+    save_taste(fit_taste(vote_set(60), QUICK, name="mine").head, files / "votes.safetensors")
+    changes = {"method": "steer", "preference": str(files / "votes.safetensors")}
+    memory = count_memory(config(files, "sd15", **changes), ["a fox", "a boat"], on_card=True)
+    assert 0 < memory.phases_gib["train"] < 1
 
 
 def test_a_card_needs_room_for_its_driver():
