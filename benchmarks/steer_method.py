@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.steer_method --work FOLDER
 
 Both follow the same head, of 100 simulated votes (few_votes.py, whose stage `pools` and the pairs of
-simulated_voters.py come first), with the same settings, prompts, noise and number of updates. Judged by the voter's rule, which training never sees, on held-out prompts and seeds. What is in
-FOLDER/steer_method.csv is not done again.
+simulated_voters.py come first), with the same settings, prompts, noise and number of updates. Judged by the voter's
+rule, which training never sees, on held-out prompts and seeds. What is in FOLDER/steer_method.csv is not done again.
 """
 
 from __future__ import annotations
