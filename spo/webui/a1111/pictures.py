@@ -180,8 +180,8 @@ def sampler_names(*, hidden_too: bool = False) -> list[str]:
     """The WebUI's samplers: those it shows, or all."""
     from modules import sd_samplers
 
-    samplers = sd_samplers.all_samplers if hidden_too else sd_samplers.visible_samplers()
-    return [sampler.name for sampler in samplers]
+    hidden = set() if hidden_too else sd_samplers.samplers_hidden  # Forge classic has no function of those it shows
+    return [sampler.name for sampler in sd_samplers.all_samplers if sampler.name not in hidden]
 
 
 def save_grid(picture: Image, prompt: str, seed: int, infotext: str) -> Path:
