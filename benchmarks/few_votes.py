@@ -26,9 +26,10 @@ Heads, of so many keys:
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,35 +220,45 @@ def head_of(name: str, world: World, pools: Pools, taste: str, seed: int) -> Tas
 # ---------------------------------------------------------------------------------------------- stages
 
 
+def missing(
+    table: Path, column: str, names: Iterable[str], draws: int
+) -> Iterator[tuple[dict[str, str], str, str, int]]:
+    """Of each row that `table` lacks its key, the name, the taste and the draw."""
+    for seed, taste, name in itertools.product(range(draws), TASTES, names):
+        key = {column: name, "taste": taste, "draw": str(seed)}
+        if not is_done(table, key):
+            yield key, name, taste, seed
+
+
+def gain_of(
+    head: TasteHead, work: Path, output: Path, taste: str, seed: int, changes: Mapping[str, object]
+) -> dict[str, float]:
+    """What the demo's LoRA gains that follows a head, and the CPU seconds of its training. changes: of the settings."""
+    values = {"output": str(output), "preference": "", "seed": seed, "replace": True, **LORA, **changes}
+    config = demo_config(work, {**values, "sample_every": 0, "save_every": 0, "validate_every": 0})
+    host = load_host(config)
+    began = time.process_time()
+    with torch.enable_grad():
+        train(host, config, read_prompts(config.prompt.prompts), head, Watcher())
+    seconds = time.process_time() - began
+    return {**judged_lora(work, host, output, taste), "training_seconds": seconds}
+
+
 def measure_accuracy(work: Path, draws: int) -> None:
     world, held, pools = read_world(work, "votes"), read_world(work, "held_out"), read_bank(work)
     table = work / "few_votes.csv"
-    for seed in range(draws):
-        for taste in TASTES:
-            for name in HEADS:
-                key = {"head": name, "taste": taste, "draw": str(seed)}
-                if not is_done(table, key):
-                    began = time.process_time()
-                    head = head_of(name, world, pools, taste, seed)
-                    add_row(table, key | judged(head, held, held.differences[taste]), began)
+    for key, name, taste, seed in missing(table, "head", HEADS, draws):
+        began = time.process_time()
+        head = head_of(name, world, pools, taste, seed)
+        add_row(table, key | judged(head, held, held.differences[taste]), began)
 
 
 def measure_gain(work: Path, draws: int) -> None:
     world, pools, table = read_world(work, "votes"), read_bank(work), work / "few_votes_gain.csv"
-    for seed in range(draws):
-        for taste in TASTES:
-            for name in TRAINED:
-                key = {"head": name, "taste": taste, "draw": str(seed)}
-                if not is_done(table, key):
-                    began = time.process_time()
-                    output = work / f"gain_{name.replace(' ', '_')}_{taste}_{seed}.safetensors"
-                    values = {"output": str(output), "preference": "", "seed": seed, **LORA}
-                    values |= {"sample_every": 0, "save_every": 0, "validate_every": 0}
-                    config = demo_config(work, values)
-                    host, head = load_host(config), head_of(name, world, pools, taste, seed)
-                    with torch.enable_grad():
-                        train(host, config, read_prompts(config.prompt.prompts), head, Watcher())
-                    add_row(table, key | judged_lora(work, host, output, taste), began)
+    for key, name, taste, seed in missing(table, "head", TRAINED, draws):
+        began = time.process_time()
+        output = work / f"gain_{name.replace(' ', '_')}_{taste}_{seed}.safetensors"
+        add_row(table, key | gain_of(head_of(name, world, pools, taste, seed), work, output, taste, seed, {}), began)
 
 
 def main() -> None:

@@ -18,18 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.few_votes import LORA, head_of, read_bank
-from benchmarks.online_votes import judged
+from benchmarks.few_votes import gain_of, head_of, missing, read_bank
 from benchmarks.prompt_votes import read_world
-from benchmarks.rows import add_row, is_done
-from benchmarks.simulated_voters import TASTES
-from spo.demo.run import demo_config
-from spo.headless.host import load_host
-from spo.progress import Watcher
-from spo.prompts import read_prompts
-from spo.training.loop import train
+from benchmarks.rows import add_row
 
-WAYS = {
+WAYS: dict[str, dict[str, object]] = {
     "spo": {},
     "steer 1": {"method": "steer", "steer_strength": 1.0},
     "steer 2": {"method": "steer", "steer_strength": 2.0},
@@ -47,22 +40,11 @@ def main() -> None:
     table = work / "steer_method.csv"
     with torch.no_grad():
         world, pools = read_world(work, "votes"), read_bank(work)
-        for seed in range(options.draws):
-            for taste in TASTES:
-                for way, changes in WAYS.items():
-                    key = {"way": way, "taste": taste, "draw": str(seed)}
-                    if is_done(table, key):
-                        continue
-                    output = work / f"{way.replace(' ', '_')}_{taste}_{seed}.safetensors"
-                    values = {"output": str(output), "preference": "", "seed": seed, "replace": True, **LORA, **changes}
-                    values |= {"sample_every": 0, "save_every": 0, "validate_every": 0}
-                    config = demo_config(work, values)
-                    host, head = load_host(config), head_of("random 100", world, pools, taste, seed)
-                    began = time.process_time()
-                    with torch.enable_grad():
-                        train(host, config, read_prompts(config.prompt.prompts), head, Watcher())
-                    seconds = time.process_time() - began
-                    add_row(table, key | judged(work, host, output, taste) | {"training_seconds": seconds}, began)
+        for key, way, taste, seed in missing(table, "way", WAYS, options.draws):
+            began = time.process_time()
+            output = work / f"{way.replace(' ', '_')}_{taste}_{seed}.safetensors"
+            head = head_of("random 100", world, pools, taste, seed)
+            add_row(table, key | gain_of(head, work, output, taste, seed, WAYS[way]), began)
 
 
 if __name__ == "__main__":

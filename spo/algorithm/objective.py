@@ -1,4 +1,5 @@
-"""The losses of win-lose pairs: SPO's (paper, eq. 8; DPO on single denoising transitions) and Diffusion-DPO's.
+"""The losses of win-lose pairs: SPO's (paper, eq. 8; DPO on single denoising transitions) and Diffusion-DPO's; and,
+without a verdict, that of a prediction that is to move (`shift_loss`).
 
 A transition x -> x' is Gaussian, p(x' | x) = N(mu, up^2), with mu on the way from x to the denoised latent (see
 `diffusion.transition_mean`), so the log ratio of policy and reference has a closed form. Over the D elements of a
