@@ -9,7 +9,7 @@ from typing import Any
 
 from spo.config import read_config_file
 from spo.errors import SpoError
-from spo.runs.layout import RunFiles
+from spo.runs.layout import RunFiles, split_stage
 from spo.runs.metrics import read_metrics
 from spo.webui import folders
 from spo.webui.seam import webui
@@ -32,7 +32,9 @@ class Run:
 
     @property
     def step(self) -> int:
-        return int(self.rows[-1].get("step", 0)) if self.rows else 0
+        """Updates made: a stop in the middle of a batch leaves a stage, but no row yet."""
+        steps = [split_stage(path.stem)[1] or 0 for path in self.stages]
+        return max([int(row.get("step", 0)) for row in self.rows[-1:]] + steps, default=0)
 
     def text(self) -> str:
         """A few lines for people."""

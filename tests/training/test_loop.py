@@ -112,8 +112,11 @@ def test_a_stopped_run_ends_like_an_uninterrupted_one(tmp_path, updates_before_s
     report = train(TinyHost(parts), parts, PROMPTS, MeanOfChannel(), watcher)
     assert not report.finished
     assert report.steps == updates_before_stop
-    report = train(TinyHost(parts), parts, PROMPTS, MeanOfChannel(), resume=True)
+    seen.clear()
+    again = Watcher(progress=lambda progress: seen.append(progress.step))
+    report = train(TinyHost(parts), parts, PROMPTS, MeanOfChannel(), again, resume=True)
     assert report.finished
+    assert seen[0] == updates_before_stop
     assert same_weights(weights_of(parts.run.output), weights_of(whole.run.output))
     timing = {"seconds", "images_per_s", "pairs_per_s"}
     for one, other in zip(rows_of(whole), rows_of(parts), strict=True):

@@ -37,6 +37,8 @@ def test_a_run_is_read_and_deleted_without_what_others_put_there(webui):
     run = runs.read("mine/vivid")
     assert (run.step, run.lora, [path.stem for path in run.stages]) == (4, lora, ["vivid-step000004"])
     assert re.search(r"updates\s+4 of 9", run.text())
+    lora.with_name("vivid-step000007.safetensors").write_bytes(b"x")  # stopped in the middle of a batch: no row yet
+    assert runs.read("mine/vivid").step == 7
     (folder / "notes.txt").write_text("mine")
     assert runs.delete("mine/vivid", lora_too=False) == 4
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]

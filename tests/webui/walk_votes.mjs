@@ -30,10 +30,15 @@ await walk(async () => {
     if (process.env.VOTE_STEPS) await page.locator("#spo_vote_steps input[type=number]").fill(process.env.VOTE_STEPS);
     await page.locator("#spo_vote_start").click();
     const began = Date.now();
+    const refusal = page.locator("#spo_vote_said [role=alert]");
     let last = "";
     for (let n = 0; n < VOTES; n++) {
         let now = "";
-        await until("pictures", async () => (now = await shown("pair")) !== "" && now !== last, 600);
+        await until("pictures", async () => {
+            now = await shown("pair");
+            if (now === "" && (await refusal.count())) throw new Error(await refusal.first().innerText());
+            return now !== "" && now !== last;
+        }, 600);
         last = now;
         if (n === Math.min(12, VOTES - 1)) {
             await page.evaluate(() => window.scrollTo(0, 0));
