@@ -8,11 +8,15 @@ own on both pictures, at timesteps 1, 201, 401 and 601. What is in FOLDER/prompt
 
 The rule holds for one half of the subjects and its opposite for the other: the two clusters that the checkpoint's text
 features fall into. Both heads are the product's fit; that of votes that do not depend on the prompt stands beside.
+
+asked   pairs, or pools of four (few_votes.py's stage `pools` first); votes counts the keys that were pressed, two to a
+        pool, each of which says five comparisons
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -25,6 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.pools import COMPARISONS, read_bank
 from benchmarks.rows import add_row, is_done
 from benchmarks.simulated_voters import FLIPPED, TASTES, TIMESTEPS, pair_prompts, rule_of
 from spo.algorithm.diffusion import scaled_linear_alphas_cumprod, training_sigmas
@@ -37,6 +42,7 @@ from spo.preference.taste.head import TasteHead
 from spo.rng import generator
 
 TABLE = "prompt_votes.csv"
+RULES, ASKED, KEYS = ("colourful", "large"), ("pools", "pairs"), (300, 200, 100)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,10 @@ class World:
     latents: Tensor
     texts: Tensor
     differences: dict[str, Tensor]
+
+    def of(self, rows: Tensor) -> World:
+        differences = {taste: value[rows] for taste, value in self.differences.items()}
+        return World(self.latents[rows], self.texts[rows], differences)
 
     def votes(self, rows: Tensor, taste: str, seed: int) -> VoteSet:
         answers = (self.differences[taste][rows] > 0).float()
@@ -109,20 +119,28 @@ def clusters(texts: Tensor) -> Tensor:
 
 def measure_prompt(work: Path, draws: int) -> None:
     """Votes and judging pairs are half of each cluster's; held-out pairs have prompts that no vote has."""
-    world, held = read_world(work, "votes"), read_world(work, "held_out")
+    world, held, pools = read_world(work, "votes"), read_world(work, "held_out"), read_bank(work)
     inside = clusters(torch.cat([world.texts, held.texts]))
     of_votes, of_held = inside[: len(world.texts)], inside[len(world.texts) :]
-    for seed in range(draws):
+    of_pools = of_votes[: len(pools.latents)]  # of the same prompts, in the same order
+    judging = half_of_each(torch.arange(len(of_held)), of_held, len(of_held))
+    for seed, taste, turns, asked, keys in itertools.product(range(draws), RULES, (True, False), ASKED, KEYS):
+        key = {"taste": taste, "flips": str(turns), "asked": asked, "votes": str(keys), "draw": str(seed)}
+        if is_done(work / TABLE, key):
+            continue
         order = torch.randperm(len(world.latents), generator=generator("few order", seed))
-        for taste in ("colourful", "large"):
-            for flips in (True, False):
-                for count in (100, 200, 300):
-                    key = {"taste": taste, "flips": str(flips), "votes": str(count), "draw": str(seed)}
-                    if not is_done(work / TABLE, key):
-                        rows = half_of_each(order, of_votes, count)
-                        judging = half_of_each(torch.arange(len(of_held)), of_held, len(of_held))
-                        turned = flipped(world, of_votes, flips), flipped(held, of_held, flips)
-                        add_prompt_rows(work, key, *turned, rows, judging)
+        known, new = flipped(world, of_votes, turns), flipped(held, of_held, turns)
+        if asked == "pairs":
+            rows = half_of_each(order, of_votes, keys)
+            votes = known.votes(rows, taste, seed)
+            known = known.of(torch.tensor([n for n in range(len(world.latents)) if n not in set(rows.tolist())]))
+        else:
+            rows = half_of_each(order[order < len(of_pools)], of_pools, keys // 2)
+            sign = torch.where(of_pools & turns, -1.0, 1.0)[:, None]
+            turned = replace(pools, values={name: sign * value for name, value in pools.values.items()})
+            texts = world.texts[rows].repeat_interleave(COMPARISONS, 0)
+            votes = replace(turned.votes(rows, taste, seed), texts=texts)
+        add_prompt_rows(work, key, votes, known, new.of(judging))
 
 
 def half_of_each(order: Tensor, inside: Tensor, count: int) -> Tensor:
@@ -136,13 +154,8 @@ def flipped(world: World, inside: Tensor, flips: bool) -> World:
     return replace(world, differences={taste: sign * value for taste, value in world.differences.items()})
 
 
-def add_prompt_rows(work: Path, key: dict[str, str], world: World, held: World, rows: Tensor, judging: Tensor) -> None:
-    taste, seed = key["taste"], int(key["draw"])
-    votes = world.votes(rows, taste, seed)
-    few = World(held.latents[judging], held.texts[judging], {})
-    truth = held.differences[taste][judging]
-    seen = torch.tensor([n for n in range(len(world.latents)) if n not in set(rows.tolist())])
-    others = World(world.latents[seen], world.texts[seen], {})
+def add_prompt_rows(work: Path, key: dict[str, str], votes: VoteSet, known: World, new: World) -> None:
+    """known: pairs of prompts that were voted on; new: of others."""
     for head_name in ("today's", "product"):
         began = time.process_time()
         reads, result = "False", {"refused": ""}
@@ -150,11 +163,12 @@ def add_prompt_rows(work: Path, key: dict[str, str], world: World, held: World, 
             with torch.enable_grad():
                 made = fit_taste(votes if head_name == "product" else replace(votes, texts=None))
             reads = str(made.report.reads_prompt)
-            of_known = judged(made.head, others, world.differences[taste][seen])
-            result |= judged(made.head, few, truth) | {f"known prompts {n}": v for n, v in of_known.items()}
+            of_known = judged(made.head, known, known.differences[key["taste"]])
+            result |= judged(made.head, new, new.differences[key["taste"]])
+            result |= {f"known prompts {name}": value for name, value in of_known.items()}
         except SpoError:
             result = {"refused": "no better than chance"}
-        full = key | {"head": head_name, "reads": reads, "voted on": str(len(rows))}
+        full = key | {"head": head_name, "reads": reads, "comparisons": str(len(votes.answers))}
         empty = {f"{before}{n}": math.nan for before in ("", "known prompts ") for n in judging_names()}
         add_row(work / TABLE, full | empty | result, began)
 

@@ -17,7 +17,7 @@ class StopRequested(Exception):  # noqa: N818 - not an error
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, after each rollout, each update and each check.
+    """How far a run is: when it is resumed, and after each rollout, each update and each check.
 
     phase  "rollout", "training" or "validation"; fraction 0 ... 1 of the whole run; eta_s None until known
     metrics  the last finished row of metrics.csv; checks: all rows of validation.csv

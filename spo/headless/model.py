@@ -87,7 +87,7 @@ class DiffusersModel:
         added = None
         if self.architecture == "sdxl":
             if conditioning.pooled is None or conditioning.size_ids is None:
-                raise SpoError("an SDXL network needs pooled text features and size ids: encode prompts with it")
+                raise SpoError("An SDXL network needs pooled text features and size ids: encode prompts with it")
             added = {"text_embeds": conditioning.pooled.to(self.dtype), "time_ids": conditioning.size_ids}
         output = self.unet(
             x_vp.to(self.dtype),

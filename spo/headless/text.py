@@ -87,7 +87,7 @@ class TextEncoders:
         parts = prompt_chunks(prompts)
         needed = max(map(len, parts))
         if chunks is not None and chunks < needed:
-            raise SpoError(f"the prompts need {needed} chunks of {CHUNK_TOKENS} tokens, not {chunks} as asked")
+            raise SpoError(f"The prompts need {needed} chunks of {CHUNK_TOKENS} tokens, not {chunks} as asked")
         rows = [chunk for part in parts for chunk in part + [[]] * ((chunks or needed) - len(part))]
         end = tokenizer().eos_token_id
         if self.architecture == "sd15":

@@ -52,11 +52,11 @@ class Source:
         wanted, tensors = _weights(network), self.converted()
         missing = [name for name in wanted if name not in tensors]
         if missing:
-            raise SpoError(f"the {what} is incomplete: {len(missing)} tensors are missing, such as {missing[0]}")
+            raise SpoError(f"The {what} is incomplete: {len(missing)} tensors are missing, such as {missing[0]}")
         for name, tensor in wanted.items():
             if tensor.shape != tensors[name].shape:
                 raise SpoError(
-                    f"the {what} does not fit: {name} has the shape {list(tensors[name].shape)} where "
+                    f"The {what} does not fit: {name} has the shape {list(tensors[name].shape)} where "
                     f"{list(tensor.shape)} is expected"
                 )
 

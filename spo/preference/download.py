@@ -122,7 +122,7 @@ def download(
                 raise _unreachable(error, remote.url, target) from error
             if tries == _TRIES:
                 raise SpoError(
-                    f"the connection broke after {size_text(came)} of {size_text(remote.size_bytes)} of {remote.name}; "
+                    f"The connection broke after {size_text(came)} of {size_text(remote.size_bytes)} of {remote.name}; "
                     "fetch it again to go on from there."
                 ) from error
     if file_sha256(part) != remote.sha256:

@@ -279,7 +279,7 @@ class TrainingPairs:
                     yield pair
             if from_start and not usable:
                 raise SpoError(
-                    f"none of the {len(self.source)} pairs can be trained on: {self.source.skipped} are broken, and "
+                    f"None of the {len(self.source)} pairs can be trained on: {self.source.skipped} are broken, and "
                     f"the prompts of the rest are held out (held_out_one_in is {self.settings.held_out_one_in})."
                 )
             self.epoch, self.row = self.epoch + 1, 0
@@ -359,7 +359,7 @@ def train_clip(
     else:
         for name, value in saved.facts.items():
             if facts.get(name) != value:
-                raise SpoError(f"the run to resume has {name} {value}, not {facts.get(name)}; give the same settings.")
+                raise SpoError(f"The run to resume has {name} {value}, not {facts.get(name)}; give the same settings.")
 
     # ---- Every object that must survive a stop stands in `survivors`.
     model = _unfreeze(model.to(host.device), settings)
@@ -441,7 +441,7 @@ def train_clip(
         processes.sum_gradients(trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, settings.clip_norm or math.inf)
         if not math.isfinite(sum(losses)) or not bool(torch.isfinite(norm)):
-            raise SpoError(f"the loss of update {position.step + 1} is not finite; lower learning_rate ({rate:g}).")
+            raise SpoError(f"The loss of update {position.step + 1} is not finite; lower learning_rate ({rate:g}).")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         position.step += 1

@@ -83,7 +83,7 @@ class LiveTaste:
             with torch.enable_grad():
                 fitted = self.fit(read_vote_set(self.votes))
         except SpoError as error:
-            self.say(f"The taste head stays as it is: {error}")
+            self.say(f"The taste head stays as it is. {error}")
             return False
         self.head = fitted.head
         self.head.name = self.name

@@ -311,7 +311,7 @@ def train(
             if position.step == 0 and config.run.sample_every and not is_done(config, position, len(prompts)):
                 sample()
             if resume:
-                report("rollout")  # where it stands, before the first rollout ends
+                report("training")  # where it stands, before the first rollout ends
 
             while True:
                 # ---- A check of the stage, where one is due. It may be the last one.

@@ -57,7 +57,7 @@ def read(name: str) -> Run:
     """The run of that name. Raises SpoError when there is none."""
     files = folders.run_files(name)
     if not files.config.exists():
-        raise SpoError(f'there is no run called "{name}".')
+        raise SpoError(f'There is no run called "{name}".')
     return Run(
         name,
         read_config_file(files.config),

@@ -108,7 +108,7 @@ def test_float8_takes_the_named_weights_and_clamps_them(tmp_path: Path) -> None:
 
 def test_what_is_missing_or_of_another_shape_is_named(tmp_path: Path) -> None:
     source, _ = source_of(tmp_path)
-    with pytest.raises(SpoError, match="the small network is incomplete: 1 tensors are missing, such as 1.weight"):
+    with pytest.raises(SpoError, match="The small network is incomplete: 1 tensors are missing, such as 1.weight"):
         Source(source.files, "net.0", source.convert).check(small_network(), "small network")
     other = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4, bias=False))
     with pytest.raises(SpoError, match=r"does not fit: 1.weight has the shape \[1, 3\] where \[4, 3\] is expected"):

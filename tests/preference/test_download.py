@@ -120,7 +120,7 @@ def test_a_later_call_goes_on(hub, tmp_path):
     (part,) = tmp_path.iterdir()
     assert part.stat().st_size == BLOCK_BYTES
     hub.breaks_after = [0] * 50
-    with pytest.raises(SpoError, match=r"the connection broke after 1\.05 MB of 5\.12 MB"):
+    with pytest.raises(SpoError, match=r"The connection broke after 1\.05 MB of 5\.12 MB"):
         download(remote, tmp_path)
     hub.breaks_after = []
     path = download(remote, tmp_path)

@@ -165,7 +165,7 @@ def test_a_run_that_was_stopped_ends_the_same_bit_for_bit(place, host, tmp_path)
     assert not [name for name in still if not name.endswith("k_proj.bias")], still
     with pytest.raises(SpoError, match="exists already"):
         run(place, host, tmp_path / "whole")
-    with pytest.raises(SpoError, match="the run to resume has learning_rate 0.001, not 0.1"):
+    with pytest.raises(SpoError, match="The run to resume has learning_rate 0.001, not 0.1"):
         run(place, host, tmp_path / "parts", resume=True, learning_rate=0.1)
 
 
@@ -237,7 +237,7 @@ def test_broken_pairs_are_told(place, host, tmp_path):
     assert said == ["1 pairs were skipped, for a picture or label that is broken or missing."]
     for path in folder.glob("*_*.*"):
         path.write_text("broken")
-    with pytest.raises(SpoError, match="none of the 8 pairs can be trained on"):
+    with pytest.raises(SpoError, match="None of the 8 pairs can be trained on"):
         train_clip(model, host, open_pairs(folder), replace(settings, replace=True), Watcher())
 
 

@@ -120,7 +120,7 @@ def test_votes_that_teach_nothing_leave_the_head(head, tmp_path):
     live.fitted_to = 0
     before = live.head
     assert not live.before_rollout(_prepared(config), config, PROMPTS, 0)
-    assert live.head is before and "stays as it is: the votes teach nothing" in log[0]
+    assert live.head is before and "stays as it is. The votes teach nothing" in log[0]
     assert not live.before_rollout(_prepared(config), config, PROMPTS, 1) and len(log) == 1
     assert live.fitted_to == len(read_vote_set(folder).answers) == 45
 

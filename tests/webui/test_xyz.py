@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import os
 import sys
@@ -19,6 +20,7 @@ from tests.webui import test_host as host
 
 webui = host.webui
 in_webui = pytest.mark.skipif(not os.environ.get("SPO_WEBUI_DIR"), reason="SPO_WEBUI_DIR does not name a WebUI")
+RATE = 0.02 if started.IS_FORK else 0.1
 MADE = ["vivid", "vivid-step000100", "vivid-step000050", "Calm"]
 
 
@@ -152,7 +154,7 @@ def trained(webui, tmp_path):
 
     host.load(started.SD15)
     folder = Path(shared.cmd_opts.lora_dir)
-    changes = {"learning_rate": 0.1, "save_every": 1, "steps": 2, "output": str(tmp_path / "spo-test-xyz.safetensors")}
+    changes = {"learning_rate": RATE, "save_every": 1, "steps": 2, "output": str(tmp_path / "spo-test-xyz.safetensors")}
     host.train_tiny(tmp_path, started.SD15, "sd15", **changes)
     made = sorted(tmp_path.glob("spo-test-xyz*.safetensors"))
     for path in made:
@@ -173,15 +175,15 @@ def test_in_the_real_plot(trained, monkeypatch, swapped):
     xyz.add_axes()
     xyz.add_axes()
     stage, final = trained
-    module = next(data.module for data in scripts.scripts_data if "xyz_grid" in data.module.__name__)
-    labels = [option.label for option in module.axis_options]
+    grid = next(data for data in scripts.scripts_data if "xyz_grid" in data.module.__name__)
+    labels = [option.label for option in grid.module.axis_options]
     assert [labels.count(label) for label in (xyz.LORA, xyz.STAGE, xyz.WEIGHT)] == [1, 1, 1]
     assert final in xyz.lora_choices() and stage not in xyz.lora_choices()
     place = xyz.stage_choices().index(stage)
     assert xyz.stage_choices()[place + 1] == final
 
-    script = module.Script()
-    script.args_from, script.args_to, script.is_txt2img, script.is_img2img = 1, 19, True, False
+    script = grid.script_class()
+    script.args_from, script.args_to, script.is_txt2img, script.is_img2img = 1, 30, True, False
     with gradio.Blocks():
         script.ui(False)
     runner = scripts.ScriptRunner()
@@ -194,7 +196,10 @@ def test_in_the_real_plot(trained, monkeypatch, swapped):
         sd_model=shared.sd_model, prompt="a fox", seed=7, steps=4, cfg_scale=5, width=started.SIZE, height=started.SIZE,
         sampler_name="Euler a", do_not_save_samples=True, do_not_save_grid=True,
     )  # fmt: skip
-    p.scripts, p.script_args = runner, (1, *axes, 0, "", [], True, True, False, False, False, False, False, 0, False)
+    flags = {"draw_legend": True, "include_lone_images": True, "items_per_grid": 0, "margin_size": 0}
+    names = inspect.signature(script.run).parameters  # p, three of each axis, and others from WebUI to WebUI
+    others = [flags.get(name, False) for name in list(names)[10:]]
+    p.scripts, p.script_args = runner, (1, *axes, 0, "", [], *others)
     monkeypatch.setitem(shared.opts.data, "grid_save", False)
     try:
         done = runner.run(p, *p.script_args)

@@ -342,7 +342,7 @@ def fit_taste(
     least_noisy = accuracies[0]
     if least_noisy.low <= 0.5:
         raise SpoError(
-            f"the votes teach nothing: on held-out ones the head is right {least_noisy.share:.0%} of the time (95 % "
+            f"The votes teach nothing: on held-out ones the head is right {least_noisy.share:.0%} of the time (95 % "
             f"interval {least_noisy.low:.0%} to {least_noisy.high:.0%}), no better than chance; vote on more pairs, "
             f"by one taste, and skip those without a difference ({count} votes prefer a side)."
         )

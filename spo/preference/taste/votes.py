@@ -363,11 +363,11 @@ def vote_of(event: Mapping[str, Any], source: str) -> Vote:
         value = event.get(field.name)
         kind = int if field.type == "int" else str
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise SpoError(f"a vote in {source} has {field.name} {value!r}, which is no {kind.__name__}.")
+            raise SpoError(f"A vote in {source} has {field.name} {value!r}, which is no {kind.__name__}.")
         values[field.name] = value
     _check_answer(values["answer"])
     if len(values["id"]) != 16 or not set(values["id"]) <= set("0123456789abcdef"):
-        raise SpoError(f"a vote in {source} has the id {values['id']!r}; 16 hexadecimal digits are accepted.")
+        raise SpoError(f"A vote in {source} has the id {values['id']!r}; 16 hexadecimal digits are accepted.")
     return Vote(**values)
 
 

@@ -44,14 +44,14 @@ def test_ties_are_no_votes_that_prefer_a_side():
 
 
 def test_contradictory_votes_are_refused():
-    with pytest.raises(SpoError, match="the votes teach nothing.*no better than chance"):
+    with pytest.raises(SpoError, match="The votes teach nothing.*no better than chance"):
         fit_taste(vote_set(120, truth=False), QUICK)
 
 
 def test_whoever_always_says_left_is_refused():
     votes = vote_set(120)
     votes.answers[:] = 1
-    with pytest.raises(SpoError, match="the votes teach nothing"):
+    with pytest.raises(SpoError, match="The votes teach nothing"):
         fit_taste(votes, QUICK)
 
 
