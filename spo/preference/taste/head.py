@@ -28,7 +28,6 @@ from spo.checkpoint.tensor_file import TensorFile, read_tensors
 from spo.errors import SpoError
 from spo.files import write_whole
 from spo.preference.placement import Placement, without_autocast
-from spo.rng import stable_seed
 
 KIND = "taste"
 LATENT_CHANNELS = 4
@@ -235,34 +234,6 @@ class TasteHead:
                 f"({self.facts.architecture})."
             )
         return self.prompt_reader.to(device)(text.to(device, torch.float32))
-
-
-def choose_pair(
-    head: TasteHead | None, candidates: Sequence[Tensor], seed: int = 0, texts: Sequence[Tensor | None] = ()
-) -> int:
-    """Which of several pairs or pools teaches most: the one that the ensemble's members disagree about most.
-
-    head        None, or no votes yet: one at random
-    candidates  their clean latents, [K, 4, h, w] each, as in `VotePool`
-    texts       [D] of each one's prompt, for a head that reads prompts; None counts as the mean of the prompts voted on
-
-    The disagreement is the deviation over members of the probability that a picture is the best one, its mean over the
-    pictures (query by committee, Seung et al. 1992). Raises ValueError when there are no candidates.
-    """
-    if not candidates:
-        raise ValueError("nothing to choose from")
-    if head is None:
-        return stable_seed(seed, "pair") % len(candidates)
-    spread = []
-    for number, latents in enumerate(candidates):
-        codes = None
-        if head.prompt_reader is not None:
-            known = texts[number] if texts else None
-            text = head.prompt_reader.mean if known is None else known
-            codes = head.prompt_codes(text.expand(len(latents), -1), latents.device)
-        scores = head.member_scores(latents.float(), 0.0, codes)
-        spread.append(float(scores.softmax(1).std(0).mean()))
-    return max(range(len(spread)), key=spread.__getitem__)
 
 
 # ---------------------------------------------------------------------------------------------- files

@@ -33,7 +33,7 @@ from spo.preference.taste.fit import (
     fit_taste,
     read_vote_set,
 )
-from spo.preference.taste.head import TasteHead, choose_pair, save_taste
+from spo.preference.taste.head import save_taste
 from spo.preference.taste.votes import Vote, VoteFolder, VotePair, VotePool, comparisons
 from spo.preference.taste.waiting import WaitingPools
 from spo.rng import permutation, stable_seed
@@ -55,7 +55,6 @@ FIRST_FIT = 50
 UNDO_DEPTH = 20  # pairs and pools that come back by undo; all votes stay on disk
 _MAKING_FIRST = "Making the first pictures ..."
 _LOOK_EVERY_S = 1.0  # for what a run has laid out
-_LOOKED_AT = 32  # of those made ahead, from which the one that teaches most is taken
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,6 @@ class Session:
     pool: VotePool | None = None
     ready: list[VotePool] = field(default_factory=list)
     past: list[tuple[VotePool, int]] = field(default_factory=list)
-    head: TasteHead | None = None
     report: FitReport | None = None
     fitting: bool = False
     ended: bool = False
@@ -177,10 +175,7 @@ class Session:
 
     def _show_next(self) -> None:
         if self.pool is None and self.ready:
-            some = self.ready[:_LOOKED_AT]
-            latents, texts = [pool.latents for pool in some], [pool.text for pool in some]
-            at = choose_pair(self.head, latents, self._made, texts)
-            self.pool = self.ready.pop(at)
+            self.pool = self.ready.pop(0)
 
     def _work(self) -> None:
         try:
@@ -261,7 +256,7 @@ class Session:
     def _fit(self) -> None:
         try:
             fitted = fitted_on_device(read_vote_set(self.votes), self.request.folder)
-            self.head, self.report, self.message = fitted.head, fitted.report, ""
+            self.report, self.message = fitted.report, ""
         except SpoError as error:
             self.message = str(error)
         except Exception as error:  # the thread's edge: it reaches the user as the message, and voting goes on

@@ -18,7 +18,6 @@ from spo.preference.taste.head import (
     TasteFacts,
     TasteHead,
     TasteNetwork,
-    choose_pair,
     save_taste,
     squares_of,
     stride_for,
@@ -67,15 +66,6 @@ def test_a_damaged_file_is_named(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "bad.safetensors", {"spo_preference": "taste", "width": "8"})
     with pytest.raises(SpoError, match='"bad.safetensors" is a damaged taste head'):
         load(tmp_path / "bad.safetensors")
-
-
-def test_the_pair_that_divides_the_members_is_chosen():
-    torch.manual_seed(0)
-    head = TasteHead([TasteNetwork(4), TasteNetwork(4)], TasteFacts())
-    same = torch.randn(1, 4, 8, 8).expand(2, -1, -1, -1)
-    assert choose_pair(head, [same, torch.randn(2, 4, 8, 8) * 3, same]) == 1
-    assert choose_pair(None, [same] * 5, seed=1) in range(5)
-    assert len({choose_pair(None, [same] * 5, seed=n) for n in range(20)}) > 1
 
 
 def test_a_rollout_evaluates_only_who_goes_on(fitted):
@@ -213,12 +203,6 @@ def test_what_a_head_cannot_read_is_refused_in_a_sentence(reading):
         reading.head.score(wide, ["a", "b"])
     with pytest.raises(SpoError, match='The taste head "by prompt" reads the prompt, and here nothing is known of it'):
         reading.head.score(replace(wide, text=None), ["a", "b"])
-
-
-def test_a_pair_is_chosen_by_its_prompt(reading):
-    pairs = [torch.zeros(2, 4, 8, 8) for _ in range(3)]
-    pairs[2][1, 0] = 1.0
-    assert choose_pair(reading.head, pairs, 0, [text_of(0), None, text_of(1)]) == 2
 
 
 def test_a_rollout_tells_the_head_the_prompt(reading):

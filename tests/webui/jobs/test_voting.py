@@ -55,16 +55,15 @@ def pool(seed, size=4, prompt="a fox", checkpoint="dream"):
     return VotePool(prompt, latents, pictures, (seed,) * size, 4, "sd15", checkpoint, "0" * 10)
 
 
-def session_of(no_webui, monkeypatch, size=4):
+def session_of(no_webui, size=4):
     """A session whose thread finds nothing to do; pictures of 64 pixels."""
-    monkeypatch.setattr(voting, "choose_pair", lambda head, latents, seed, texts: 0)
     config = build_config({"prompts": "p", "output": "o.safetensors", "preference": "none", "width": 64, "height": 64})
     request = voting.VotingRequest("mine", ["a fox"], size=size)
     return voting.Session(request, config, ("dream", "0" * 10))
 
 
-def test_four_pictures_are_five_votes_and_one_undo(no_webui, monkeypatch):
-    session = session_of(no_webui, monkeypatch)
+def test_four_pictures_are_five_votes_and_one_undo(no_webui):
+    session = session_of(no_webui)
     first, second = (session.waiting.add(pool(seed)) for seed in (1, 2))
     session.pool, session.ready = first, [second]
     with pytest.raises(SpoError, match="Name the best picture"):
@@ -84,12 +83,12 @@ def test_four_pictures_are_five_votes_and_one_undo(no_webui, monkeypatch):
         session.undo()
 
 
-def test_what_waits_on_disk_is_voted_on_in_the_next_session(no_webui, monkeypatch):
+def test_what_waits_on_disk_is_voted_on_in_the_next_session(no_webui):
     """But for what was made otherwise than would be now."""
-    before = session_of(no_webui, monkeypatch)
+    before = session_of(no_webui)
     for one in (pool(1), pool(2, size=2), pool(3, checkpoint="other"), pool(4, prompt="a boat"), pool(5)):
         before.waiting.add(one)
-    session = session_of(no_webui, monkeypatch)
+    session = session_of(no_webui)
     session.ended = True  # nothing is made
     session._work()
     assert session.pool.id == pool(1).id and [one.id for one in session.ready] == [pool(5).id]
@@ -194,7 +193,7 @@ def test_a_run_that_follows_the_votes_makes_the_pictures(no_webui, monkeypatch):
     """The session shows what the run lays out, and nothing else; it ends with the run."""
     run = job.Job("training", "sub/mine", "spo")
     run.phase, run.live_votes = "working", str(voting.votes_folder("mine"))
-    session = session_of(no_webui, monkeypatch, size=2)
+    session = session_of(no_webui, size=2)
     session.run = run
     monkeypatch.setattr(voting, "_LOOK_EVERY_S", 0.01)
     monkeypatch.setattr(session, "_make_pools", lambda count: pytest.fail("made pictures beside the run"))
