@@ -118,7 +118,7 @@ def clusters(texts: Tensor) -> Tensor:
 
 
 def measure_prompt(work: Path, draws: int) -> None:
-    """Votes and judging pairs are half of each cluster's; held-out pairs have prompts that no vote has."""
+    """Votes and judging pairs are half of each cluster's; those that are new have prompts that no vote has."""
     world, held, pools = read_world(work, "votes"), read_world(work, "held_out"), read_bank(work)
     inside = clusters(torch.cat([world.texts, held.texts]))
     of_votes, of_held = inside[: len(world.texts)], inside[len(world.texts) :]
@@ -133,13 +133,14 @@ def measure_prompt(work: Path, draws: int) -> None:
         if asked == "pairs":
             rows = half_of_each(order, of_votes, keys)
             votes = known.votes(rows, taste, seed)
-            known = known.of(torch.tensor([n for n in range(len(world.latents)) if n not in set(rows.tolist())]))
+            others = torch.tensor([n for n in range(len(world.latents)) if n not in set(rows.tolist())])
         else:
             rows = half_of_each(order[order < len(of_pools)], of_pools, keys // 2)
             sign = torch.where(of_pools & turns, -1.0, 1.0)[:, None]
             turned = replace(pools, values={name: sign * value for name, value in pools.values.items()})
             texts = world.texts[rows].repeat_interleave(COMPARISONS, 0)
-            votes = replace(turned.votes(rows, taste, seed), texts=texts)
+            votes, others = replace(turned.votes(rows, taste, seed), texts=texts), torch.arange(len(world.latents))
+        known = known.of(half_of_each(others, of_votes, len(others)))
         add_prompt_rows(work, key, votes, known, new.of(judging))
 
 

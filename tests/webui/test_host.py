@@ -111,8 +111,9 @@ def one_candidate(*, prompt=PROMPT, seed=7, scheduler="Karras", size=started.SIZ
     from spo.algorithm.rollout import RolloutSettings, sample_spo
 
     p = SimpleNamespace(
-        is_hr_pass=False, scheduler=scheduler, sampler_noise_scheduler_override=None, extra_generation_params={}
-    )
+        is_hr_pass=False, scheduler=scheduler, sampler_noise_scheduler_override=None, extra_generation_params={},
+        sd_model=shared.sd_model,
+    )  # fmt: skip
     sigmas = sd_samplers.create_sampler("Euler a", shared.sd_model).get_sigmas(p, 8)
     draws = WebUIDraws(size, [seed, seed + 1])
 

@@ -222,12 +222,18 @@ def chart(
         f'<figure><figcaption>{html.escape(title)}</figcaption><svg viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{html.escape(title)} from {low:.3g} to {high:.3g}">'
         f'<path class="spo-axis" d="M{left},{top} V{base} H{width - right}"/>'
-        f'<text x="{left - 4}" y="{top + 4}" text-anchor="end">{high:.4g}</text>'
-        f'<text x="{left - 4}" y="{base}" text-anchor="end">{low:.4g}</text>'
+        f'<text x="{left - 4}" y="{top + 4}" text-anchor="end">{_short(high)}</text>'
+        f'<text x="{left - 4}" y="{base}" text-anchor="end">{_short(low)}</text>'
         f'<text x="{left}" y="{height - 6}">{first:g}</text>'
         f'<text x="{width - right}" y="{height - 6}" text-anchor="end">update {last:g}</text>'
         f"{''.join(drawn)}</svg></figure>"
     )
+
+
+def _short(value: float) -> str:
+    """A number as wide as the margin allows: 101.4, 0.9487, 6e+14."""
+    text = f"{value:.4g}"
+    return text if len(text) <= 7 else f"{value:.0e}"
 
 
 def _pool(pool: PoolPictures) -> str:
