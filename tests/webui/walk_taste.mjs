@@ -52,7 +52,6 @@ await walk(async () => {
             await tab("SPO");
             await inner("Preference");
             await click("#spo_vote_bundled");
-            await page.locator("#spo_vote_size label", { hasText: "Four" }).click();
             await page.locator("#spo_vote_making .label-wrap").click();
             await fill("spo_vote_folder", NAME);
             for (const side of ["width", "height"]) await fill(`spo_vote_${side}`, "64");

@@ -5,8 +5,8 @@
 //
 // VOTES (default 60; of pools 12), SIZE (2 or 4 pictures at a time), UPDATES (default 60; 0: without training), NAME
 // (default by-votes), CHROMIUM as in walk.mjs. CHECKPOINT and VOTE_STEPS: another checkpoint than the demo's, which forks
-// do not take, and how many sampling steps its pictures get; SETTINGS: saved ones to train by, in place of the demo's
-// preset. Exit 1: a step failed.
+// do not take, and how many sampling steps its pictures get; DIFFER=seeds: pictures of different seeds, whose differences
+// are plainer; SETTINGS: saved ones to train by, in place of the demo's preset. Exit 1: a step failed.
 import { expect, fill, inner, open, page, pause, phase, pick, settings, shot, tab, until, value, vote, walk } from "./walk_steps.mjs";
 
 const SIZE = Number(process.env.SIZE || "2");
@@ -25,8 +25,9 @@ await walk(async () => {
     await fill("spo_vote_folder", NAME);
     await page.locator("#spo_vote_bundled").click();
     await until("the prompts to vote on", async () => (await value("spo_vote_prompts")) !== "", 60);
-    if (SIZE === 4) await page.locator("#spo_vote_size label", { hasText: "Four" }).click();
+    if (SIZE === 2) await page.locator("#spo_vote_size label", { hasText: "Two" }).click();
     for (const side of ["width", "height"]) await fill(`spo_vote_${side}`, "64");
+    if (process.env.DIFFER === "seeds") await page.locator("#spo_vote_how label", { hasText: "Different seeds" }).click();
     if (process.env.VOTE_STEPS) await page.locator("#spo_vote_steps input[type=number]").fill(process.env.VOTE_STEPS);
     await page.locator("#spo_vote_start").click();
     const began = Date.now();

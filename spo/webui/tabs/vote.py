@@ -21,7 +21,7 @@ from spo.webui.tabs import page
 from spo.webui.tabs.gradio_versions import script, stays_at_top, uploads_only
 
 _SAME, _OTHER = "Same seed, other noise from a step on", "Different seeds"
-_SIZES = {"Two: which is better": 2, "Four: the best, then the worst": 4}
+_SIZES = {"Four: the best, then the worst": 4, "Two: which is better": 2}
 _CLIP_MEMORY = (
     "A CLIP of the published size (ViT-H) takes 21 GB; 17 GB with the text tower left as it is; 11 GB with 8-bit "
     "moments, too, which need the package bitsandbytes. Beside that come the diffusion model and a pass, some 3 GB."
@@ -49,7 +49,7 @@ def build() -> PreferenceTab:
             bundled = gr.Button("Take the bundled list to vote on", size="sm", elem_id="spo_vote_bundled")
             size = gr.Radio(
                 list(_SIZES), value=next(iter(_SIZES)), label="Pictures at a time",
-                info="Two clicks on four pictures say five of their six comparisons.", elem_id="spo_vote_size",
+                info="A key pressed on four pictures teaches twice what one on a pair does.", elem_id="spo_vote_size",
             )  # fmt: skip
             with gr.Row():
                 start = gr.Button("Start voting", variant="primary", elem_id="spo_vote_start")
@@ -284,7 +284,8 @@ def _shown() -> str:
     ready = (pool is not None or session.ended) and not session.fitting
     return (
         f'<div class="spo-vote" data-ready="{int(ready)}" data-pair="{pool.id if pool is not None else ""}" '
-        f'data-count="{len(pool) if pool is not None else 0}" data-time="{time.time():.0f}">{inside}{below}</div>'
+        f'data-count="{session.request.size if pool is None else len(pool)}" data-time="{time.time():.0f}">'
+        f"{inside}{below}</div>"
     )
 
 
