@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +55,10 @@ FIRST_FIT = 50
 UNDO_DEPTH = 20  # pairs and pools that come back by undo; all votes stay on disk
 _MAKING_FIRST = "Making the first pictures ..."
 _LOOK_EVERY_S = 1.0  # for what a run has laid out
+
+
+class _GivenUpError(Exception):
+    """The fit that goes on beside the voting is not wanted any more."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ class Session:
     ended: bool = False
     _made: int = 0
     _next_fit: int = FIRST_FIT
+    _gives_up_fit: bool = False
     _wake: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
@@ -151,6 +156,10 @@ class Session:
             self.ended = True
             self._wake.notify_all()
 
+    def give_up_fit(self) -> None:
+        """End the fit that goes on beside the voting, because a better one begins."""
+        self._gives_up_fit = True
+
     def _shown(self) -> VotePool:
         if self.pool is None:
             raise SpoError("There is nothing to vote on yet; one moment.")
@@ -168,7 +177,7 @@ class Session:
     def _fit_now_and_then(self) -> None:
         count = sum(1 for vote in self.votes.votes() if vote.answer != "skip")
         if count >= self._next_fit and not self.fitting and self.run is None:
-            self._next_fit, self.fitting = count + FIT_EVERY, True
+            self._next_fit, self.fitting, self._gives_up_fit = count + FIT_EVERY, True, False
             threading.Thread(target=self._fit, name="spo fit", daemon=True).start()
 
     # ---- the threads' side
@@ -254,9 +263,15 @@ class Session:
         return prompts[order[within]], stable_seed(self.seed, index) % 2**32
 
     def _fit(self) -> None:
+        def progress(share: float) -> None:
+            if self._gives_up_fit:
+                raise _GivenUpError
+
         try:
-            fitted = fitted_on_device(read_vote_set(self.votes), self.request.folder)
+            fitted = fitted_on_device(read_vote_set(self.votes), self.request.folder, progress=progress)
             self.report, self.message = fitted.report, ""
+        except _GivenUpError:
+            pass
         except SpoError as error:
             self.message = str(error)
         except Exception as error:  # the thread's edge: it reaches the user as the message, and voting goes on
@@ -379,6 +394,9 @@ def fit(folder: str, name: str, beside: Sequence[str] = ()) -> str:
         raise exists_already(path)
     place = VoteFolder(votes_folder(folder))
     votes = read_vote_set(place)
+    session = current()
+    if session is not None and session.request.folder == folder:
+        session.give_up_fit()  # it has fewer votes, and would take half of the machine
     others = [load(folders.preference_path(one), architecture=votes.architecture) for one in beside]
     fitted = fitted_on_device(votes, name, [accuracy_of(one, place, votes) for one in others])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -386,12 +404,17 @@ def fit(folder: str, name: str, beside: Sequence[str] = ()) -> str:
     return f"{fitted.report.text()}\n\nSaved as {path.name}: choose it as the preference model in the Train tab."
 
 
-def fitted_on_device(votes: VoteSet, name: str = "taste", others: Sequence[HeldOutAccuracy] = ()) -> FittedTaste:
+def fitted_on_device(
+    votes: VoteSet,
+    name: str = "taste",
+    others: Sequence[HeldOutAccuracy] = (),
+    progress: Callable[[float], None] | None = None,
+) -> FittedTaste:
     """On the WebUI's device, beside whatever it does; on the CPU when the device has no room left for it."""
     try:
-        return fit_taste(votes, name=name, others=others, device=webui.device())
+        return fit_taste(votes, name=name, others=others, progress=progress, device=webui.device())
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
     free_memory()
-    return fit_taste(votes, name=name, others=others)
+    return fit_taste(votes, name=name, others=others, progress=progress)

@@ -55,6 +55,27 @@ def pool(seed, size=4, prompt="a fox", checkpoint="dream"):
     return VotePool(prompt, latents, pictures, (seed,) * size, 4, "sd15", checkpoint, "0" * 10)
 
 
+def test_the_fit_beside_the_voting_gives_way_to_the_one_asked_for(no_webui, monkeypatch):
+    session = session_of(no_webui, size=2)
+    monkeypatch.setattr(voting, "_session", session)
+    begun = []
+
+    def fit_taste(votes, name, progress, **others):
+        begun.append(name)
+        if name == "mine":
+            progress(0.1)
+            with pytest.raises(SpoError, match="asked-for came to its end"):
+                voting.fit("mine", "asked-for")
+            progress(0.2)
+        raise SpoError(f"{name} came to its end")
+
+    monkeypatch.setattr(voting, "fit_taste", fit_taste)
+    session.votes.add_pool(session.waiting.add(pool(1, size=2)), {(0, 1): "left"})
+    session.fitting, session.message = True, ""
+    session._fit()
+    assert begun == ["mine", "asked-for"] and not session.fitting and session.message == ""
+
+
 def session_of(no_webui, size=4):
     """A session whose thread finds nothing to do; pictures of 64 pixels."""
     config = build_config({"prompts": "p", "output": "o.safetensors", "preference": "none", "width": 64, "height": 64})
