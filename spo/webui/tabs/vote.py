@@ -49,7 +49,7 @@ def build() -> PreferenceTab:
             bundled = gr.Button("Take the bundled list to vote on", size="sm", elem_id="spo_vote_bundled")
             size = gr.Radio(
                 list(_SIZES), value=next(iter(_SIZES)), label="Pictures at a time",
-                info="A key pressed on four pictures teaches twice what one on a pair does.", elem_id="spo_vote_size",
+                info="Two clicks on four pictures say five of their six comparisons.", elem_id="spo_vote_size",
             )  # fmt: skip
             with gr.Row():
                 start = gr.Button("Start voting", variant="primary", elem_id="spo_vote_start")
