@@ -126,8 +126,6 @@ def measure_prompt(work: Path, draws: int) -> None:
     judging = half_of_each(torch.arange(len(of_held)), of_held, len(of_held))
     for seed, taste, turns, asked, keys in itertools.product(range(draws), RULES, (True, False), ASKED, KEYS):
         key = {"taste": taste, "flips": str(turns), "asked": asked, "votes": str(keys), "draw": str(seed)}
-        if is_done(work / TABLE, key):
-            continue
         order = torch.randperm(len(world.latents), generator=generator("few order", seed))
         known, new = flipped(world, of_votes, turns), flipped(held, of_held, turns)
         if asked == "pairs":
@@ -158,6 +156,8 @@ def flipped(world: World, inside: Tensor, flips: bool) -> World:
 def add_prompt_rows(work: Path, key: dict[str, str], votes: VoteSet, known: World, new: World) -> None:
     """known: pairs of prompts that were voted on; new: of others."""
     for head_name in ("today's", "product"):
+        if is_done(work / TABLE, key | {"head": head_name}):
+            continue
         began = time.process_time()
         reads, result = "False", {"refused": ""}
         try:

@@ -33,8 +33,9 @@ class Run:
     @property
     def step(self) -> int:
         """Updates made: a stop in the middle of a batch leaves a stage, but no row yet."""
-        steps = [split_stage(path.stem)[1] or 0 for path in self.stages]
-        return max([int(row.get("step", 0)) for row in self.rows[-1:]] + steps, default=0)
+        of_rows = int(self.rows[-1].get("step", 0)) if self.rows else 0
+        of_stages = split_stage(self.stages[-1].stem)[1] if self.stages else None
+        return max(of_rows, of_stages or 0)
 
     def text(self) -> str:
         """A few lines for people."""

@@ -36,6 +36,7 @@ from spo.preference.taste.fit import (
 from spo.preference.taste.head import save_taste
 from spo.preference.taste.votes import Vote, VoteFolder, VotePair, VotePool, comparisons
 from spo.preference.taste.waiting import WaitingPools
+from spo.progress import StopRequested
 from spo.rng import permutation, stable_seed
 from spo.training.live_taste import policy_name
 from spo.training.memory import free_memory, is_out_of_memory
@@ -55,10 +56,6 @@ FIRST_FIT = 50
 UNDO_DEPTH = 20  # pairs and pools that come back by undo; all votes stay on disk
 _MAKING_FIRST = "Making the first pictures ..."
 _LOOK_EVERY_S = 1.0  # for what a run has laid out
-
-
-class _GivenUpError(Exception):
-    """The fit that goes on beside the voting is not wanted any more."""
 
 
 @dataclass(frozen=True)
@@ -265,12 +262,12 @@ class Session:
     def _fit(self) -> None:
         def progress(share: float) -> None:
             if self._gives_up_fit:
-                raise _GivenUpError
+                raise StopRequested
 
         try:
             fitted = fitted_on_device(read_vote_set(self.votes), self.request.folder, progress=progress)
             self.report, self.message = fitted.report, ""
-        except _GivenUpError:
+        except StopRequested:
             pass
         except SpoError as error:
             self.message = str(error)
@@ -394,10 +391,10 @@ def fit(folder: str, name: str, beside: Sequence[str] = ()) -> str:
         raise exists_already(path)
     place = VoteFolder(votes_folder(folder))
     votes = read_vote_set(place)
-    session = current()
-    if session is not None and session.request.folder == folder:
-        session.give_up_fit()  # it has fewer votes, and would take half of the machine
     others = [load(folders.preference_path(one), architecture=votes.architecture) for one in beside]
+    session = current()
+    if session is not None and session.votes.path == place.path:
+        session.give_up_fit()  # it knows no vote that this one does not, and would take half of the machine
     fitted = fitted_on_device(votes, name, [accuracy_of(one, place, votes) for one in others])
     path.parent.mkdir(parents=True, exist_ok=True)
     save_taste(fitted.head, path)
