@@ -49,7 +49,7 @@ def _rows(work: Path, label: str, name: str) -> list[dict[str, Any]]:
     preference = load_preference(config, host.device, host.architecture)
     prompts, seeds = batch_of(BATCH, read_prompts(config.prompt.prompts), config)
     host.prepare(prompts)
-    adapter = adapter_from_file(host, Path(facts["lora"]))
+    adapter = adapter_from_file(host, work / "loras" / facts["rows"][-1]["lora"])
     every_verdict = dataclasses.replace(rollout_settings(config), threshold=0.0)
     pairs = host.rollout(prompts, seeds, every_verdict, preference, None).pairs
     assert pairs is not None

@@ -23,8 +23,9 @@ def learning_rates(seed: int) -> list[Run]:
 def ablations(seed: int) -> list[Run]:
     """The paper's ablations at one budget."""
 
-    def run(variant: str, wrapper: str = "", **changes: Any) -> Run:
-        return Run("ablations", variant, seed, {"learning_rate": RATE, **changes}, wrapper, (BUDGET,))
+    def run(variant: str, wrapper: str = "", scorer: str = "", **changes: Any) -> Run:
+        settings = {"learning_rate": RATE, **changes}
+        return Run("ablations", variant, seed, settings, wrapper, (BUDGET,), scorer=scorer)
 
     return [
         run("paper"),
@@ -40,6 +41,8 @@ def ablations(seed: int) -> list[Run]:
         run("threshold 0.5", threshold=0.5),
         run("inner steps 3", inner_steps=3),
         run("noisy input", "noisy"),
+        run("scorer of finished pictures", "blind", "finished"),
+        run("scorer of noisy latents", "noisy", "noisy"),
     ]
 
 
@@ -84,7 +87,7 @@ def dpo(seed: int) -> list[Run]:
 def second_taste(seed: int) -> list[Run]:
     """Sharp over blurred, which strength of colour cannot cheat."""
     stops = (BUDGET // 2, BUDGET)
-    return [Run("second taste", "sharpness", seed, {"learning_rate": RATE}, stops=stops, rule="sharpness")]
+    return [Run("second taste", "sharpness", seed, {"learning_rate": RATE}, "", stops, "sharpness", "sharpness")]
 
 
 EXPERIMENTS: dict[str, Callable[[int], list[Run]]] = {

@@ -55,8 +55,9 @@ class Run:
     changes   settings that differ from the demo preset's
     wrapper   what the product has no setting for, see `ablations`; "" for nothing
     stops     costs in evaluations at which it is judged; the last one ends it
-    rule      of `spo.demo.rule`, by which it is judged. Of another than the demo's, training follows the preference
-              model FOLDER/RULE.safetensors, which `recipes.demo_checkpoint.make_preference --rule RULE` fits
+    rule      of `spo.demo.rule`, by which it is judged
+    scorer    the preference model that training follows: FOLDER/SCORER.safetensors, which
+              `recipes.demo_checkpoint.make_preference` fits; "" for the demo's
     """
 
     experiment: str
@@ -66,6 +67,7 @@ class Run:
     wrapper: str = ""
     stops: tuple[int, ...] = (6300,)
     rule: str = "colourfulness"
+    scorer: str = ""
 
     @property
     def name(self) -> str:
@@ -139,24 +141,40 @@ class EvidenceJudge:
 def run_one(run: Run, work: Path) -> Path:
     """FOLDER/NAME.json with what the run cost and how it was judged at each stop. A finished run is not done again."""
     result = work / f"{run.name}.json"
-    if result.exists():
-        return result
-    folder = work / "runs" / run.name
+    if not result.exists():
+        train_one(run, work, result)
+    if judge_stops(result, work):
+        facts = json.loads(result.read_text())
+        last = facts["rows"][-1]
+        taste = [sum(row["judged"]["taste"]) / JUDGED for row in facts["rows"]]
+        kept = sum(last["judged"]["recognised"]) / JUDGED
+        print(
+            f"{run.name}: taste {taste[0]:.4g} -> {', '.join(f'{one:.4g}' for one in taste[1:])}, "
+            f"subjects {kept:.0%}, {last['updates']} updates, {sum(last['evaluations'].values())} evaluations, "
+            f"{facts['seconds']:.0f} s of training",
+            flush=True,
+        )
+    return result
+
+
+def train_one(run: Run, work: Path, result: Path) -> None:
+    """The run itself; its LoRA at each stop goes to FOLDER/loras, its costs to `result`."""
+    folder, loras = work / "runs" / run.name, work / "loras"
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
-    alone = {"sample_every": 0, "save_every": 0, "validate_every": 0, "steps": 1_000_000}  # this judge decides alone
+    alone = {"sample_every": 0, "save_every": 0, "validate_every": 0, "steps": 1_000_000}  # the rule judges alone
     changes = {"seed": run.seed, "step_weight": "paper", **alone}
-    if run.rule != "colourfulness":
-        changes["preference"] = str(work / f"{run.rule}.safetensors")
+    if run.scorer:
+        changes["preference"] = str(work / f"{run.scorer}.safetensors")
     config = demo_config(folder, {**changes, **run.changes})
     output = Path(config.run.output)
-    folder.mkdir(parents=True)
+    for place in (folder, loras):
+        place.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     host = load_host(config)
     preference = load_preference(config, host.device, host.architecture)
     if config.loss.method == "dpo":
         shutil.copytree(data_set(host, preference, work), RunFiles.of(output).pairs)
-    judge = EvidenceJudge(work, run.rule)
-    rows: list[dict[str, Any]] = [{"evaluations": asdict(Evaluations()), "updates": 0, "judged": judge.of_base(host)}]
+    rows: list[dict[str, Any]] = [{"evaluations": asdict(Evaluations()), "updates": 0, "lora": ""}]
     counts = Evaluations()
     with ExitStack() as while_training:
         preference = ablations.wrapped(run.wrapper, preference, while_training)
@@ -167,26 +185,45 @@ def run_one(run: Run, work: Path) -> Path:
                 resume=number > 0,
             )  # fmt: skip
             hook.remove()
-            lora = report.output
-            assert lora is not None, "no update was made"
-            adapter = adapter_from_file(host, lora)
-            rows.append({"evaluations": asdict(counts), "updates": report.steps, "judged": judge.judge(host)})
-            adapter.remove()
-    files = RunFiles.of(output)
+            assert report.output is not None, "no update was made"
+            lora = loras / f"{run.name}--{report.steps}.safetensors"
+            shutil.copyfile(report.output, lora)
+            rows.append({"evaluations": asdict(counts), "updates": report.steps, "lora": lora.name})
     facts = {
         "run": asdict(run), "config": config.flat(), "seconds": time.monotonic() - began, "rows": rows,
-        "metrics": files.metrics.read_text(), "lora": str(lora),
+        "metrics": RunFiles.of(output).metrics.read_text(),
     }  # fmt: skip
     write_text(result, json.dumps(facts) + "\n")
-    last = rows[-1]
-    taste = [sum(row["judged"]["taste"]) / JUDGED for row in rows]
-    kept = sum(last["judged"]["recognised"]) / JUDGED
-    print(
-        f"{run.name}: taste {taste[0]:.4g} -> {', '.join(f'{one:.4g}' for one in taste[1:])}, subjects {kept:.0%}, "
-        f"{last['updates']} updates, {counts.total} evaluations, {facts['seconds']:.0f} s",
-        flush=True,
-    )
-    return result
+
+
+def judge_stops(result: Path, work: Path, again: bool = False) -> bool:
+    """Add what the rule says of each stop to a run's file; whether anything was missing.
+
+    again  also where it is there: the decoder, the classifier or the rule has changed since
+    """
+    facts = json.loads(result.read_text())
+    missing = [row for row in facts["rows"] if again or "judged" not in row]
+    if not missing:
+        return False
+    host = load_host(demo_config(work / "judging", {"seed": facts["run"]["seed"]}))
+    judge = EvidenceJudge(work, facts["run"]["rule"])
+    for row in missing:
+        if not row["lora"]:
+            row["judged"] = judge.of_base(host)
+            continue
+        adapter = adapter_from_file(host, work / "loras" / row["lora"])
+        row["judged"] = judge.judge(host)
+        adapter.remove()
+    write_text(result, json.dumps(facts) + "\n")
+    return True
+
+
+def judge_again(work: Path) -> None:
+    """Judge the LoRAs of all finished runs anew, and the untrained checkpoint first."""
+    torch.set_num_threads(1)
+    (work / "base.safetensors").unlink(missing_ok=True)
+    for result in sorted(work.glob("*--*--*.json")):
+        judge_stops(result, work, again=True)
 
 
 def data_set(host: HeadlessHost, preference: PreferenceModel, work: Path) -> Path:

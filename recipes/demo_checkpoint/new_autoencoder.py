@@ -125,6 +125,14 @@ def make_examples(flat: Path, fluent: Path, vae: Any, path: Path) -> Examples:
     return Examples(**torch.load(path, weights_only=True))
 
 
+def picture_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """L1 at three scales, of differences between neighbours, and of colours."""
+    total = (decoded - pixels).abs().mean() + 0.7 * gradient_loss(decoded, pixels) + colour_loss(decoded, pixels)
+    for factor in (2, 4):
+        total = total + 0.5 * (F.avg_pool2d(decoded, factor) - F.avg_pool2d(pixels, factor)).abs().mean()
+    return total
+
+
 def train_decoder(vae: Any, examples: Examples, steps: int, batch: int, work: Path, save_every: int) -> None:
     """The decoder and post_quant_conv of `vae`, in place: to pictures, from the old means and noise."""
     device = next(vae.parameters()).device
@@ -137,11 +145,7 @@ def train_decoder(vae: Any, examples: Examples, steps: int, batch: int, work: Pa
         with precision_of(device):
             decoded = vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample
         decoded = decoded.float()
-        distance = (decoded - pixels).abs().mean()
-        total = distance + 0.7 * gradient_loss(decoded, pixels) + colour_loss(decoded, pixels)
-        for factor in (2, 4):
-            total = total + 0.5 * (F.avg_pool2d(decoded, factor) - F.avg_pool2d(pixels, factor)).abs().mean()
-        return total, {"L1": distance.item()}
+        return picture_loss(decoded, pixels), {"L1": (decoded.detach() - pixels).abs().mean().item()}
 
     _train("decoder", part, loss, steps, work, save_every)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import asdict
+from unittest import mock
 
 import pytest
 import torch
 
-from benchmarks.evidence import ablations
+from benchmarks.evidence import ablations, runs
 from benchmarks.evidence.experiments import BUDGET, EXPERIMENTS
 from benchmarks.evidence.report import compared, over_prompts, read_stops, run_rows
 from benchmarks.evidence.runs import Evaluations, Run, count_evaluations, run_one
@@ -22,9 +24,9 @@ from tests.tiny_host import PROMPTS, MeanOfChannel, TinyHost, small
 
 
 def test_every_run_has_its_own_name_and_settings_that_exist(tmp_path):
-    runs = [run for make in EXPERIMENTS.values() for seed in (0, 1) for run in make(seed)]
-    assert len({run.name for run in runs}) == len(runs)
-    for run in runs:
+    planned = [run for make in EXPERIMENTS.values() for seed in (0, 1) for run in make(seed)]
+    assert len({run.name for run in planned}) == len(planned)
+    for run in planned:
         demo_config(tmp_path, dict(run.changes))
         assert run.wrapper in ablations.NAMES
         assert list(run.stops) == sorted(run.stops)
@@ -42,10 +44,39 @@ def test_counts_sampling_reference_policy_and_backward_by_hand(tmp_path):
     assert counts.total == 24 + 6 * pairs == host.evaluations + counts.backward
 
 
-def test_a_finished_run_is_not_done_again(tmp_path):
-    run = Run("an experiment", "a variant", 3)
-    (tmp_path / f"{run.name}.json").write_text("{}")
-    assert run_one(run, tmp_path).read_text() == "{}"
+class CountingJudge:
+    """Says how many verdicts were asked for before."""
+
+    def __init__(self, work, rule):
+        assert rule == "sharpness"
+
+    def judge(self, host):
+        CountingJudge.asked += 1
+        return {"taste": [float(CountingJudge.asked)] * 64, "recognised": [1.0] * 64}
+
+    of_base = judge
+
+
+def test_a_finished_run_is_not_done_again_but_judged_where_that_is_missing(tmp_path, monkeypatch, capsys):
+    for name in ("EvidenceJudge", "load_host", "adapter_from_file"):
+        monkeypatch.setattr(runs, name, mock.MagicMock())
+    monkeypatch.setattr(runs, "EvidenceJudge", CountingJudge)
+    CountingJudge.asked = 0
+    run = Run("an experiment", "a variant", 3, rule="sharpness")
+    rows = [{"updates": n, "evaluations": {"sampling": 7}, "lora": f"{n}.safetensors" if n else ""} for n in range(3)]
+    result = tmp_path / f"{run.name}.json"
+    result.write_text(json.dumps({"run": asdict(run), "rows": rows, "seconds": 1.0}))
+    assert run_one(run, tmp_path) == result
+    judged = json.loads(result.read_text())["rows"]
+    assert [row["judged"]["taste"][0] for row in judged] == [1, 2, 3]
+    assert [call.args[1] for call in runs.adapter_from_file.call_args_list] == [
+        tmp_path / "loras" / f"{n}.safetensors" for n in (1, 2)
+    ]
+    assert "taste 1 -> 2, 3, subjects 100%, 2 updates, 7 evaluations" in capsys.readouterr().out
+    run_one(run, tmp_path)
+    assert CountingJudge.asked == 3
+    runs.judge_again(tmp_path)
+    assert [row["judged"]["taste"][0] for row in json.loads(result.read_text())["rows"]] == [4, 5, 6]
 
 
 class Told:
