@@ -4,7 +4,8 @@
 
 For each seed: the demo's settings at learning rate 3e-4 for 240 updates, whatever its judges say, a check every 10.
 Then the stages, the chosen one among them, are judged by the rule and the classifier on the demonstration's 64 held-out
-pairs of prompt and seed, which neither training nor the checks used. A row for each stage. What was done is not done
+pairs of prompt and seed, which neither training nor the checks used: up to the third in a row that has lost a tenth of
+the subjects, since none after it can be the best that keeps them. A row for each stage. What was done is not done
 again: run the same command to go on.
 """
 
@@ -31,6 +32,7 @@ from spo.training.judges import load_judges
 from spo.training.loop import train
 
 COLUMNS = ("seed", "step", "chosen", "taste", "win_rate", "recognised", "judge", "adherence_lost", "diversity_lost")
+RUINED = (0.9, 3)  # so few subjects in so many stages in a row
 CHECKS = ("judge", "adherence_lost", "diversity_lost")  # columns of validation.csv
 
 
@@ -65,15 +67,16 @@ def judge_stages(files: RunFiles, seed: int, every: int, known: Sequence[dict[st
     judge, rows = Judge(), list(known)
     done = {int(row["step"]) for row in rows if int(row["seed"]) == seed}
     wanted = [0, *(step for step in sorted(step for step in stages if step) if step % every == 0 or step == chosen)]
-    base = None
+    base, ruined = None, 0
     for step in wanted:
-        if step in done and step:
+        if (step in done and step) or (ruined == RUINED[1] and step != chosen):
             continue
         adapter = adapter_from_file(host, stages[step]) if step else None
         verdict = judge.judge(pictures(host, prompts, seeds, eta=1.0), prompts)
         if adapter is not None:
             adapter.remove()
         base = base or verdict
+        ruined = ruined if ruined == RUINED[1] else ruined + 1 if verdict.recognised_share < RUINED[0] else 0
         if step in done:
             continue
         values = {

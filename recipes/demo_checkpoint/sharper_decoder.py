@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from recipes.demo_checkpoint.networks import SCALE_FACTOR, parameter_count
 from recipes.demo_checkpoint.new_autoencoder import (
@@ -43,25 +42,32 @@ from recipes.demo_checkpoint.steps import AverageOf, learning_rate, run_steps, u
 from spo.demo.judge import HERE
 
 ADVERSARIAL = 0.5  # the gradient that the critic may give the last layer, as a part of the other losses'
-ALIKE = 2.0  # weight of the distance between the critic's features
+ALIKE = 0.2  # weight of the distance between the critic's features
+RATE, CRITIC_RATE = 3e-4, 5e-4
+HEAD_START = 100  # steps of the critic alone
 
 
 class Critic(nn.Module):
-    """Whether patches of pictures [N, 3, 64, 64] are true: logits [N, 1, 14, 14], and each layer's features."""
+    """Whether patches of pictures [N, 3, 64, 64] are true: logits [N, 1, 16, 16], and each layer's features."""
 
     def __init__(self, channels: int = 32) -> None:
         super().__init__()
         widths = (3, channels, 2 * channels, 4 * channels)
+        strides = (2, 2, 1)
         self.layers = nn.ModuleList(
-            spectral_norm(nn.Conv2d(a, b, 4, 2 if n < 2 else 1, 1))
-            for n, (a, b) in enumerate(pairwise(widths))
+            nn.Sequential(
+                nn.Conv2d(a, b, 5 if stride == 2 else 3, stride, 2 if stride == 2 else 1),
+                nn.GroupNorm(8, b) if a > 3 else nn.Identity(),
+                nn.LeakyReLU(0.2),
+            )
+            for (a, b), stride in zip(pairwise(widths), strides, strict=True)
         )
-        self.last = spectral_norm(nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        self.last = nn.Conv2d(widths[-1], 1, 3, 1, 1)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
         features = []
         for layer in self.layers:
-            pixels = F.leaky_relu(layer(pixels), 0.2)
+            pixels = layer(pixels)
             features.append(pixels)
         return self.last(pixels), features
 
@@ -93,21 +99,25 @@ def train_decoder(vae: Any, examples: Examples, steps: int, batch: int, work: Pa
         pixels, moments = examples.batch(batch)
         noise = NOISE / SCALE_FACTOR * torch.rand(batch, 1, 1, 1) * torch.randn(batch, 4, SIZE_PX // 8, SIZE_PX // 8)
         pixels, latents = pixels.to(device), (moments[:, :4] + noise).to(device)
-        rate = learning_rate(number / steps, 6e-4)
-        with updated(own, part, rate) as backward:
+        with torch.set_grad_enabled(number >= HEAD_START):  # before that the critic alone, which knows nothing yet
             made = vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample.float()
-            verdict, features = critic(made)
-            with torch.no_grad():
-                true_features = critic(pixels)[1]
-            alike = torch.stack([(a - b).abs().mean() for a, b in zip(features, true_features, strict=True)]).sum()
-            losses = picture_loss(made, pixels) + ALIKE * alike
-            backward(balanced(losses, -verdict.mean(), vae.decoder.conv_out.weight))
-        with updated(critics, critic, rate) as backward:
+        numbers = {}
+        if number >= HEAD_START:
+            rate = learning_rate((number - HEAD_START) / (steps - HEAD_START), RATE)
+            with updated(own, part, rate) as backward:
+                verdict, features = critic(made)
+                with torch.no_grad():
+                    true_features = critic(pixels)[1]
+                alike = torch.stack([(a - b).abs().mean() for a, b in zip(features, true_features, strict=True)]).sum()
+                losses = picture_loss(made, pixels) + ALIKE * alike
+                backward(balanced(losses, -verdict.mean(), vae.decoder.conv_out.weight))
+            numbers["alike"] = alike.item()
+        with updated(critics, critic, CRITIC_RATE) as backward:
             told = critic_loss(critic, pixels, made.detach())
             backward(told)
         average.update(number + 1)
         distance = (made.detach() - pixels).abs().mean()
-        return {"L1": distance.item(), "alike": alike.item(), "critic": told.item()}
+        return {"L1": distance.item(), "critic": told.item(), **numbers}
 
     objects = {"part": part, "critic": critic, "own": own, "critics": critics, "average": average}
     run_steps("sharper", steps, objects, step, work=work, save_every=save_every)
