@@ -2,6 +2,7 @@
 
 docs/evidence/runs.csv      one row for each stop of each run
 docs/evidence/compared.csv  each variant against the paper's settings, at one cost
+docs/evidence/second_taste.csv  the second taste, stop by stop
 docs/evidence/dpo.png, ablations.png, options.png, balance.png
 """
 
@@ -168,6 +169,10 @@ def report(work: Path) -> None:
     for name, rows in tables.items():
         print(f"\n{name}\n\n{markdown(rows)}")
     print(f"\ncosts\n\n{costs(stops)}")
+    sharper = second_taste(work)
+    if sharper:
+        write_csv(DOCS / "second_taste.csv", sharper)
+        print(f"\nsecond taste\n\n{second_taste_table(sharper)}")
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
@@ -198,6 +203,46 @@ def costs(stops: Sequence[Stop]) -> str:
                 kept = f"{_mean(stop.recognised):.1%}"
                 rows.append([f"{method}, {rate:g}", stop.seed, stop.updates, stop.cost, _mean(stop.taste), kept])
     return table(rows, ["method, rate", "seed", "updates", "evaluations", "taste", "kept subjects"], markdown=True)
+
+
+def second_taste(work: Path) -> list[dict[str, Any]]:
+    """One row for each stop of the runs that follow sharpness: what both rules say, wins by sharpness, subjects."""
+    rows = []
+    for path in sorted(work.glob("second_taste--*--*.json")):
+        facts = json.loads(path.read_text())
+        base = facts["rows"][0]["judged"]
+        for row in facts["rows"][1:]:
+            judged, wins = row["judged"], win_rate(row["judged"]["sharpness"], base["sharpness"])
+            values: dict[str, Any] = {
+                "seed": facts["run"]["seed"], "updates": row["updates"], "evaluations": sum(row["evaluations"].values())
+            }  # fmt: skip
+            for rule in ("sharpness", "colourfulness"):
+                gain = over_prompts([[a - b for a, b in zip(judged[rule], base[rule], strict=True)]])
+                values |= {f"base_{rule}": _mean(base[rule]), rule: _mean(judged[rule])}
+                values |= {f"{rule}_gain_low": gain.low, f"{rule}_gain_high": gain.high}
+            values |= {"win_rate": wins.rate, "win_low": wins.low, "win_high": wins.high}
+            values |= {name: _mean(judged[name]) for name in ("recognised", "diversity")}
+            rows.append(values)
+    return rows
+
+
+def second_taste_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The table of docs/evidence.md: gains with their intervals over prompts."""
+
+    def gain(row: dict[str, Any], rule: str, form: str) -> str:
+        mean = row[rule] - row[f"base_{rule}"]
+        return Interval(mean, row[f"{rule}_gain_low"], row[f"{rule}_gain_high"]).text(form)
+
+    cells = [
+        [
+            row["seed"], row["updates"], row["evaluations"], gain(row, "sharpness", "+.3f"),
+            f"{row['win_rate']:.0%} ({row['win_low']:.0%} to {row['win_high']:.0%})",
+            gain(row, "colourfulness", "+.1f"), f"{row['recognised']:.1%}", f"{row['diversity']:.4f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    headers = ["seed", "updates", "evaluations", "sharpness", "wins", "colourfulness", "kept subjects", "diversity"]
+    return table(cells, headers, markdown=True)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -114,7 +114,7 @@ class EvidenceJudge:
         self.base = work / "base.safetensors"
 
     def judge(self, host: HeadlessHost) -> dict[str, list[float]]:
-        """taste [64], recognised [64], diversity [32] of the network as it is."""
+        """taste [64], recognised [64], diversity [32], each rule's value [64] of the network as it is."""
         host.prepare(self.prompts)
         return self.statistics(pictures(host, self.prompts, self.seeds, eta=host.config.rollout.eta))
 
@@ -127,6 +127,7 @@ class EvidenceJudge:
         first, second = features[: JUDGED // 2], features[JUDGED // 2 :]
         diversity = 1 - torch.nn.functional.cosine_similarity(first, second, dim=1)
         tensors = {"taste": self.rule(pixels), "recognised": recognised, "diversity": diversity}
+        tensors |= {name: rule(pixels) for name, rule in RULES.items()}
         return {name: [round(value, 5) for value in values.tolist()] for name, values in tensors.items()}
 
     def of_base(self, host: HeadlessHost) -> dict[str, list[float]]:

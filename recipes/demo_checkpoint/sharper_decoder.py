@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", type=Path, default=HERE / "demo.safetensors", help="default: the demo's")
     parser.add_argument("--work", type=Path, default=Path("decoder-work"), help="scratch folder")
     parser.add_argument("--out", type=Path, default=Path("decoder-out"), help="folder for the results")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.evidence import ablations, runs
 from benchmarks.evidence.experiments import BUDGET, EXPERIMENTS
-from benchmarks.evidence.report import compared, over_prompts, read_stops, run_rows
+from benchmarks.evidence.report import compared, over_prompts, read_stops, run_rows, second_taste, second_taste_table
 from benchmarks.evidence.runs import Evaluations, Run, count_evaluations, run_one
 from spo.algorithm.preference import Candidates
 from spo.config import build_config
@@ -162,3 +162,22 @@ def test_intervals_are_over_prompts():
     assert found.mean == pytest.approx(float(of_prompt.mean()))
     expected = bootstrap_interval(of_prompt)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_second_taste_is_told_by_both_rules(tmp_path):
+    """Sharper in every picture but the first by 0.1 or 0.2; colours pale by 5."""
+    base = {"sharpness": [0.5] * 64, "colourfulness": [70.0] * 64}
+    after = {"sharpness": [0.4, *(0.6 + 0.1 * (row % 2) for row in range(1, 64))], "colourfulness": [65.0] * 64}
+    same = {"recognised": [1.0] * 32 + [0.5] * 32, "diversity": [0.02] * 32}
+    rows = [
+        {"updates": 0, "evaluations": {"sampling": 0}, "judged": base | same},
+        {"updates": 9, "evaluations": {"sampling": 7, "policy": 3}, "judged": after | same},
+    ]
+    (tmp_path / "second_taste--sharpness--2.json").write_text(json.dumps({"run": {"seed": 2}, "rows": rows}))
+    (row,) = second_taste(tmp_path)
+    assert (row["seed"], row["updates"], row["evaluations"]) == (2, 9, 10)
+    assert row["sharpness"] - row["base_sharpness"] == pytest.approx(sum(after["sharpness"]) / 64 - 0.5)
+    assert row["sharpness_gain_low"] < 0.147 < row["sharpness_gain_high"]
+    assert row["win_rate"] == pytest.approx(63 / 64)
+    line = second_taste_table([row]).splitlines()[-1]
+    assert "-5.0 (-5.0 to -5.0)" in line and "75.0%" in line and "98% (" in line
