@@ -96,22 +96,24 @@ def _write(path: Path, rows: Sequence[dict[str, str]]) -> None:
         writer.writerows(rows)
 
 
-def summary(rows: Sequence[dict[str, str]], kept: float = 0.98) -> str:
-    """A line for each seed: the chosen stage against the best that keeps its subjects, both by the rule."""
-    lines = []
+def summary(rows: Sequence[dict[str, str]], kept: float = 0.98, points: float = 0.03) -> str:
+    """A line for each seed: the chosen stage against the best that keeps its subjects, both by the rule; then in how
+    many seeds it wins at most `points` less and keeps them, too."""
+    lines, good = [], []
     for seed in sorted({int(row["seed"]) for row in rows}):
         mine = [row for row in rows if int(row["seed"]) == seed]
         chosen = next((row for row in mine if int(row["chosen"])), None)
-        good = [row for row in mine if float(row["recognised"]) >= kept]
-        if chosen is None or not good:
+        keeping = [row for row in mine if float(row["recognised"]) >= kept]
+        if chosen is None or not keeping:
             continue
-        taste, wins = (max(float(row[name]) for row in good) for name in ("taste", "win_rate"))
+        taste, wins = (max(float(row[name]) for row in keeping) for name in ("taste", "win_rate"))
         lines.append(
             f"seed {seed}: update {chosen['step']} chosen, keeps {float(chosen['recognised']):.1%} of the subjects; "
             f"wins {float(chosen['win_rate']):.1%} (best {wins:.1%}), colourfulness {float(chosen['taste']):.1f} "
             f"(best {taste:.1f})"
         )
-    return "\n".join(lines)
+        good.append(float(chosen["recognised"]) >= kept and float(chosen["win_rate"]) >= wins - points)
+    return "\n".join([*lines, f"{sum(good)} of {len(good)} within {points:.0%} of the best with {kept:.0%} kept"])
 
 
 def main() -> None:
