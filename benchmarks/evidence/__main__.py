@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.evidence import balance
+from benchmarks.evidence import balance, taste_head
 from benchmarks.evidence.experiments import EXPERIMENTS
 from benchmarks.evidence.report import report
 from benchmarks.evidence.runs import judge_again, run_all
 
-OTHERS = {"balance": balance.measure, "judge_again": judge_again, "report": report}
+OTHERS = {"balance": balance.measure, "taste_head": taste_head.make, "judge_again": judge_again, "report": report}
 
 
 def main() -> None:

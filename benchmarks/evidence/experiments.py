@@ -49,8 +49,8 @@ def ablations(seed: int) -> list[Run]:
 def options(seed: int) -> list[Run]:
     """What later papers change, at the same budget; beside the ablations' run "paper"."""
 
-    def run(variant: str, **changes: Any) -> Run:
-        return Run("options", variant, seed, {"learning_rate": RATE, **changes}, stops=(BUDGET,))
+    def run(variant: str, scorer: str = "", **changes: Any) -> Run:
+        return Run("options", variant, seed, {"learning_rate": RATE, **changes}, "", (BUDGET,), scorer=scorer)
 
     return [
         run("step_weight equal", step_weight="equal"),
@@ -61,6 +61,8 @@ def options(seed: int) -> list[Run]:
         run("winner_preserving 0.9", winner_preserving=0.9),
         run("teaching_share 0.5", teaching_share=0.5),
         run("mixed with adherence", preference="0.8*demo + 0.2*demo-adherence"),
+        run("taste head", "taste"),
+        run("steer by the taste head", "taste", method="steer"),
     ]
 
 

@@ -14,6 +14,7 @@ from benchmarks.evidence import ablations, runs
 from benchmarks.evidence.experiments import BUDGET, EXPERIMENTS
 from benchmarks.evidence.report import compared, over_prompts, read_stops, run_rows, second_taste, second_taste_table
 from benchmarks.evidence.runs import Evaluations, Run, count_evaluations, run_one
+from benchmarks.evidence.taste_head import votes_of
 from spo.algorithm.preference import Candidates
 from spo.config import build_config
 from spo.demo.judge import held_out
@@ -42,6 +43,14 @@ def test_counts_sampling_reference_policy_and_backward_by_hand(tmp_path):
     pairs = 2 * 2
     assert counts == Evaluations(sampling=2 * 12, reference=2 * pairs, policy=2 * pairs, backward=2 * pairs)
     assert counts.total == 24 + 6 * pairs == host.evaluations + counts.backward
+
+
+def test_the_rules_verdicts_as_votes():
+    clean, taste = torch.randn(2, 4, 4, 8, 8), torch.tensor([[3.0, 1.0, 2.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    votes = votes_of(clean, taste)
+    assert votes.latents.shape == (12, 2, 4, 8, 8) and votes.groups == (0,) * 6 + (1,) * 6
+    assert torch.equal(votes.latents[1], clean[0, [0, 2]]) and torch.equal(votes.latents[-1], clean[1, [2, 3]])
+    assert votes.answers.tolist() == [1, 1, 1, 0, 1, 1] + [0] * 6
 
 
 class CountingJudge:
