@@ -3,13 +3,13 @@
 //
 //     npm install playwright-core; node tests/webui/walk_votes.mjs http://127.0.0.1:7860 FOLDER_FOR_PICTURES
 //
-// VOTES (default 60; of pools 12), SIZE (2 or 4 pictures at a time), UPDATES (default 60; 0: without training), NAME
+// VOTES (default 60; of pools 12), SIZE (2 or 4 pictures at a time, default 4), UPDATES (default 60; 0: without training), NAME
 // (default by-votes), CHROMIUM as in walk.mjs. CHECKPOINT and VOTE_STEPS: another checkpoint than the demo's, which forks
 // do not take, and how many sampling steps its pictures get; DIFFER=seeds: pictures of different seeds, whose differences
 // are plainer; SETTINGS: saved ones to train by, in place of the demo's preset. Exit 1: a step failed.
 import { expect, fill, inner, open, page, pause, phase, pick, settings, shot, tab, until, value, vote, walk } from "./walk_steps.mjs";
 
-const SIZE = Number(process.env.SIZE || "2");
+const SIZE = Number(process.env.SIZE || "4");
 const VOTES = Number(process.env.VOTES || (SIZE === 2 ? "60" : "12"));
 const UPDATES = process.env.UPDATES || "60";
 const NAME = process.env.NAME || "by-votes";
