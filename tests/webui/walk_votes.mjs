@@ -3,10 +3,11 @@
 //
 //     npm install playwright-core; node tests/webui/walk_votes.mjs http://127.0.0.1:7860 FOLDER_FOR_PICTURES
 //
-// VOTES (default 60; of pools 12), SIZE (2 or 4 pictures at a time, default 4), UPDATES (default 60; 0: without training), NAME
-// (default by-votes), CHROMIUM as in walk.mjs. CHECKPOINT and VOTE_STEPS: another checkpoint than the demo's, which forks
-// do not take, and how many sampling steps its pictures get; DIFFER=seeds: pictures of different seeds, whose differences
-// are plainer; SETTINGS: saved ones to train by, in place of the demo's preset. Exit 1: a step failed.
+// VOTES (default 60; of pools 12), SIZE (2 or 4 pictures at a time, default 4), UPDATES (default 60; 0: without
+// training), NAME (default by-votes), CHROMIUM as in walk.mjs. CHECKPOINT and VOTE_STEPS: another checkpoint than the
+// demo's, which forks do not take, and how many sampling steps its pictures get; DIFFER=seeds: pictures of different
+// seeds, whose differences are plainer; SETTINGS: saved ones to train by, in place of the demo's preset. Exit 1: a step
+// failed.
 import { expect, fill, inner, open, page, pause, phase, pick, settings, shot, tab, until, value, vote, walk } from "./walk_steps.mjs";
 
 const SIZE = Number(process.env.SIZE || "4");
@@ -88,6 +89,7 @@ await walk(async () => {
     await fill("spo_name", NAME);
     await fill("spo_steps", UPDATES);
     await page.locator("#spo_start").click();
+    await until("its start, not the end of an earlier run", async () => ["working", "failed"].includes(await phase()), 120);
     await until("the end", async () => ["finished", "failed"].includes(await phase()), 900);
     console.log(await page.locator("#spo_status .spo-message").first().innerText());
     await shot("trained_on_votes");
