@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+from spo.config import NATIVE_SIZE_PX
 from spo.demo.install import FILE_NAME as DEMO_CHECKPOINT
 from spo.errors import SpoError, nearest
 from spo.preference.load import (
@@ -18,6 +19,7 @@ from spo.preference.load import (
     describe_preference,
     list_preference_models,
 )
+from spo.presets import preset
 from spo.runs.layout import FOLDER_SUFFIX, RunFiles, split_stage
 from spo.training.judges import AUTO, NONE
 from spo.webui.seam import webui
@@ -176,6 +178,11 @@ def usual_preference(architecture: str, file_name: str) -> str:
     ]
     fitting.sort(key=lambda info: (order.index(info.kind), info.architecture == "any", -info.path.stat().st_mtime))
     return fitting[0].path.name if fitting else ""
+
+
+def usual_size_px(architecture: str, file_name: str) -> int:
+    """The side of a checkpoint's own pictures, in pixels; those of the demo in this file are small."""
+    return int(preset("demo").values["width"]) if file_name == DEMO_CHECKPOINT else NATIVE_SIZE_PX[architecture]
 
 
 def preference_text(name: str, architecture: str) -> str:

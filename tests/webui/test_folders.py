@@ -104,3 +104,11 @@ def test_a_judge_is_chosen_by_name_and_no_path_is_opened(webui):
     ]
     with pytest.raises(SpoError, match="no preference model"):
         folders.stage_judge_path("/etc/passwd")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "file_name", "px"),
+    [("sd15", "dream.safetensors", 512), ("sdxl", "xl.safetensors", 1024), ("sd15", folders.DEMO_CHECKPOINT, 64)],
+)
+def test_a_checkpoints_own_size(architecture, file_name, px):
+    assert folders.usual_size_px(architecture, file_name) == px

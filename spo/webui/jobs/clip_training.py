@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spo.config import NATIVE_SIZE_PX, build_config
+from spo.config import build_config
 from spo.errors import SpoError
 from spo.preference.clip.accuracy import accuracy_curves, accuracy_table
 from spo.preference.clip.pair_data import open_pairs
@@ -29,7 +29,7 @@ _BESIDE_GIB = 3  # a pass of the model, the diffusion model in half precision, a
 class ClipRequest:
     """pairs: a folder or parquet files (see `pair_data`); start: the model to begin with.
 
-    steps, learning_rate  0: the paper's; size_px: of the pictures, 0: the architecture's own
+    steps, learning_rate  0: the paper's; size_px: of the pictures, 0: the checkpoint's own
     train_text, small_moments  as published the text tower learns, too, and AdamW's moments are float32
     """
 
@@ -58,10 +58,11 @@ def start_clip_training(request: ClipRequest) -> Job:
     if not request.start.strip():
         raise SpoError("The model to start from is missing; choose PickScore, or a step-aware CLIP to go on with.")
     own = {"steps": request.steps, "learning_rate": request.learning_rate}
+    size_px = request.size_px or folders.usual_size_px(architecture, checkpoint.file.name)
     settings = ClipTraining(
         output=folders.preference_folder() / f"{name}.safetensors",
-        width=request.size_px or NATIVE_SIZE_PX[architecture],
-        height=request.size_px or NATIVE_SIZE_PX[architecture],
+        width=size_px,
+        height=size_px,
         pairs_per_call=request.pairs_per_call,
         accumulation=request.accumulation,
         train_text=request.train_text,

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spo.config import NATIVE_SIZE_PX
 from spo.errors import SpoError, nearest
 from spo.evaluation.features import Features, choose_features
 from spo.evaluation.judges import Judge, as_judge
@@ -51,7 +50,7 @@ class CompareRequest:
     preference  a name of `folders.picture_judge_choices`, whose scores stand under the pictures; "": none
     judges      further ones, for the table of statistics and the page
     seeds_each  above 0: so many seeds for each prompt, its own ones (`rows_of`), instead of `seeds`
-    width, height  in pixels; 0: the architecture's own
+    width, height  in pixels; 0: the checkpoint's own
     """
 
     prompts: Sequence[str]
@@ -150,13 +149,14 @@ def _prepare(request: CompareRequest) -> _Plan:
         for path in paths
         for weight in weights
     ]
+    usual_px = folders.usual_size_px(checkpoint.architecture, checkpoint.file.name)
     return _Plan(
         request=request,
         rows=rows,
         columns=columns,
         checkpoint=checkpoint,
-        width=_side("width", request.width, checkpoint.architecture),
-        height=_side("height", request.height, checkpoint.architecture),
+        width=_side("width", request.width, usual_px),
+        height=_side("height", request.height, usual_px),
         preference=judges.get(request.preference.strip(), ""),
         judges=judges,
         trainings=[training_of(path, folders.run_folder(folders.lora_name(path))) for path in paths],
@@ -205,10 +205,10 @@ def _check_sampling(request: CompareRequest) -> None:
         raise SpoError(f"guidance_scale {request.guidance_scale:g} cannot be used; give 1 to 100.")
 
 
-def _side(name: str, px: int, architecture: str) -> int:
+def _side(name: str, px: int, usual_px: int) -> int:
     if px and (px % 8 or not 64 <= px <= 4096):
         raise SpoError(f"{name} {px} cannot be used; give a multiple of 8 from 64 to 4096, or 0 for the usual size.")
-    return px or NATIVE_SIZE_PX[architecture]
+    return px or usual_px
 
 
 def _lora_path(name: str) -> Path:

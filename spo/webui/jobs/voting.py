@@ -335,7 +335,9 @@ def _config(name: str, values: dict[str, Any]) -> Config:
     checkpoint = job.ready_checkpoint()
     unused = {"prompts": name, "output": f"{name}.safetensors", "preference": "none"}
     fixed = {"checkpoint": str(checkpoint.file), "clip_skip": webui.clip_skip()}
-    return build_config({**unused, **fixed, **values}, checkpoint.architecture)
+    usual_px = folders.usual_size_px(checkpoint.architecture, checkpoint.file.name)
+    sides = {side: values[side] or usual_px for side in ("width", "height")}
+    return build_config({**unused, **fixed, **values, **sides}, checkpoint.architecture)
 
 
 def end(timeout_s: float = 120.0) -> None:

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -246,3 +247,13 @@ def test_voting_beside_a_run_of_other_votes_waits_for_its_end(no_webui, monkeypa
     assert session.run is run
     run.phase = "finished"
     voting.end()
+
+
+@pytest.mark.parametrize(("file", "px"), [("spo-demo.safetensors", 64), ("dream.safetensors", 512)])
+def test_pictures_to_vote_on_have_the_checkpoints_own_size_unless_one_is_given(no_webui, monkeypatch, file, px):
+    loaded = SimpleNamespace(file=Path(file), architecture="sd15")
+    monkeypatch.setattr(voting.job, "ready_checkpoint", lambda: loaded)
+    monkeypatch.setattr(voting.webui, "clip_skip", lambda: 1)
+    for given in (0, 128):
+        prompt = voting._config("mine", {"width": given, "height": 0}).prompt
+        assert (prompt.width, prompt.height) == (given or px, px)
