@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import argparse
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from spo.demo.judge import Judge, held_out, taste_win_rate
+from spo.demo.judge import Judge, Judgement, held_out, taste_win_rate
 from spo.demo.run import demo_config
 from spo.files import write_whole
 from spo.headless.compare import adapter_from_file, pictures
-from spo.headless.host import load_host
+from spo.headless.host import HeadlessHost, load_host
 from spo.preference.load import load_preference
 from spo.progress import Watcher
 from spo.prompts import read_prompts
@@ -30,6 +30,7 @@ from spo.runs.layout import RunFiles, split_stage
 from spo.runs.metrics import read_metrics
 from spo.training.judges import load_judges
 from spo.training.loop import train
+from spo.training.stages import TOLERATED
 
 COLUMNS = ("seed", "step", "chosen", "taste", "win_rate", "recognised", "judge", "adherence_lost", "diversity_lost")
 RUINED = (0.9, 3)  # so few subjects in so many stages in a row
@@ -56,37 +57,68 @@ def trained(folder: Path, seed: int, steps: int, every: int) -> RunFiles:
     return files
 
 
+def chosen_step(checks: Mapping[int, Mapping[str, str]]) -> int:
+    """The stage that the rule (`spo.training.stages`) takes of a run's checks, step -> row of validation.csv.
+
+    From the numbers and not as the run said, so that the rule can be tried on runs that were made before it changed.
+    """
+
+    def kept(row: Mapping[str, str]) -> bool:
+        shares = [
+            (float(row[f"{name}_lost"]), float(row[f"{name}_lost_low"]), most) for name, most in TOLERATED.items()
+        ]
+        return not any(mean > most and low > 0 for mean, low, most in shares)
+
+    good = [step for step, row in checks.items() if step and kept(row)]
+    return max(good, key=lambda step: float(checks[step]["judge"]), default=max(checks))
+
+
 def judge_stages(files: RunFiles, seed: int, every: int, known: Sequence[dict[str, str]], path: Path) -> None:
     """Add the rows of a run's stages to the CSV, one at a time: every so many updates, and the chosen one."""
     checks = {int(row["step"]): row for row in read_metrics(files.validation)}
-    chosen = next((step for step, row in checks.items() if row["best"]), max(checks))
+    chosen = chosen_step(checks)
     stages = {split_stage(stage.stem)[1]: stage for stage in files.stages()}
-    host = load_host(demo_config(files.folder))
-    prompts, seeds = held_out()
-    host.prepare(prompts)
-    judge, rows = Judge(), list(known)
-    done = {int(row["step"]) for row in rows if int(row["seed"]) == seed}
-    wanted = [0, *(step for step in sorted(step for step in stages if step) if step % every == 0 or step == chosen)]
-    base, ruined = None, 0
+    mine = {int(row["step"]): row for row in known if int(row["seed"]) == seed}
+    for step, row in mine.items():
+        row["chosen"] = str(int(step == chosen))
+    rows = list(known)
+    write_whole(path, lambda temporary: _write(temporary, rows))
+    wanted = [0, *sorted(step for step in stages if step and (step % every == 0 or step == chosen))]
+    host, base, ruined = None, None, 0
     for step in wanted:
-        if (step in done and step) or (ruined == RUINED[1] and step != chosen):
-            continue
-        adapter = adapter_from_file(host, stages[step]) if step else None
-        verdict = judge.judge(pictures(host, prompts, seeds, eta=1.0), prompts)
-        if adapter is not None:
-            adapter.remove()
-        base = base or verdict
-        ruined = ruined if ruined == RUINED[1] else ruined + 1 if verdict.recognised_share < RUINED[0] else 0
-        if step in done:
-            continue
-        values = {
-            "seed": seed, "step": step, "chosen": int(step == chosen), "taste": float(verdict.taste.mean()),
-            "win_rate": taste_win_rate(verdict, base).rate if step else 0.5, "recognised": verdict.recognised_share,
-        }  # fmt: skip
-        row = {name: str(value) for name, value in values.items()}
-        rows.append({**row, **{name: str(checks[step].get(name, "")) for name in CHECKS}})
-        write_whole(path, lambda temporary: _write(temporary, rows))
-        print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+        row = mine.get(step)
+        if row is None and (ruined < RUINED[1] or step == chosen):
+            if host is None:
+                host, base = _base(files)
+            assert base is not None
+            verdict = base if step == 0 else _verdict(host, stages[step])
+            row = {
+                "seed": str(seed), "step": str(step), "chosen": str(int(step == chosen)),
+                "taste": str(float(verdict.taste.mean())),
+                "win_rate": str(taste_win_rate(verdict, base).rate if step else 0.5),
+                "recognised": str(verdict.recognised_share),
+                **{name: str(checks[step].get(name, "")) for name in CHECKS},
+            }  # fmt: skip
+            rows.append(row)
+            write_whole(path, lambda temporary: _write(temporary, rows))
+            print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        if row is not None and ruined < RUINED[1]:
+            ruined = ruined + 1 if float(row["recognised"]) < RUINED[0] else 0
+
+
+def _base(files: RunFiles) -> tuple[HeadlessHost, Judgement]:
+    host = load_host(demo_config(files.folder))
+    host.prepare(held_out()[0])
+    return host, _verdict(host, None)
+
+
+def _verdict(host: HeadlessHost, lora: Path | None) -> Judgement:
+    prompts, seeds = held_out()
+    adapter = None if lora is None else adapter_from_file(host, lora)
+    verdict = Judge().judge(pictures(host, prompts, seeds, eta=1.0), prompts)
+    if adapter is not None:
+        adapter.remove()
+    return verdict
 
 
 def _write(path: Path, rows: Sequence[dict[str, str]]) -> None:
