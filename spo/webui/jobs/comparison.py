@@ -26,7 +26,7 @@ from spo.files import write_text
 from spo.lora.read import check_matches, read_lora
 from spo.preference.load import BUNDLED, check_made_for, load
 from spo.report.grids import grid
-from spo.report.tables import score_table, table
+from spo.report.tables import score_table
 from spo.training.memory import loaded_scorer, once_more, retry_with_less
 from spo.webui import folders
 from spo.webui.jobs.job import Job, ready_checkpoint, start
@@ -399,7 +399,7 @@ def _write_page(job: Job, plan: _Plan, results: _Results, judges: Sequence[Judge
         write_text(place, page(evaluation))
     except OSError as error:
         return job.say(f'The page "{place}" cannot be written: {error.strerror or error}.')
-    job.page, job.statistics = place, table(statistics_rows(evaluation), ["", *evaluation.columns])
+    job.page, job.statistics = place, [["", *evaluation.columns], *statistics_rows(evaluation)]
 
 
 def _save(plan: _Plan, results: _Results) -> Path:

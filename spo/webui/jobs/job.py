@@ -90,7 +90,7 @@ class Job:
     output: Path | None = None
     example: Example | None = None
     table: str = ""
-    statistics: str = ""
+    statistics: list[list[str]] = field(default_factory=list)
     page: Path | None = None
     log: deque[str] = field(default_factory=lambda: deque(maxlen=200))
     version: int = 0

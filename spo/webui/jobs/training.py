@@ -149,8 +149,6 @@ def prepare(request: TrainingRequest) -> Prepared:
         "vae": "",
         "prediction_type": "auto",
     }
-    usual_px = folders.usual_size_px(checkpoint.architecture, checkpoint.file.name)
-    values |= {side: values.get(side) or usual_px for side in ("width", "height")}
     config = build_config(values, checkpoint.architecture)
     if not request.resume:
         check_output(config)

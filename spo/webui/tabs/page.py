@@ -125,6 +125,20 @@ def part(name: str, job: Job, key: str) -> str:
     return known[1]
 
 
+def _statistics(rows: Sequence[Sequence[str]]) -> str:
+    """A table, its first row the heads of the columns; a cell's interval stands in a line of its own."""
+    head, *others = ([html.escape(cell) for cell in row] for row in rows)
+    lines = []
+    for name, *cells in others:
+        parts = (cell.partition(" (") for cell in cells)
+        shown = (
+            f"<td>{value}{f'<small>{interval[:-1]}</small>' if interval else ''}</td>" for value, _, interval in parts
+        )
+        lines.append(f'<tr><th scope="row">{name}</th>{"".join(shown)}</tr>')
+    heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
 def _part(name: str, job: Job) -> str:
     if name == "pool" and job.pool is not None:
         return _pool(job.pool)
@@ -135,7 +149,8 @@ def _part(name: str, job: Job) -> str:
         shown = [_file(path) for path in (job.first_samples, job.picture) if path is not None and path.exists()]
         return f'<div class="spo-samples"><h4>{title}</h4>{"".join(shown)}</div>'
     if name == "table":
-        return f'<pre class="spo-table" tabindex="0">{html.escape(job.statistics or job.table)}</pre>{_page_of(job)}'
+        text = _statistics(job.statistics) if job.statistics else f"<pre>{html.escape(job.table)}</pre>"
+        return f'<div class="spo-table" tabindex="0">{text}</div>{_page_of(job)}'
     if name == "log":
         lines = html.escape(folders.placeless("\n".join(job.log)))
         return f'<pre class="spo-log" tabindex="0">{lines}</pre>'

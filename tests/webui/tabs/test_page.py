@@ -102,8 +102,14 @@ def test_charts_draw_what_is_finite():
 
 
 def test_a_comparisons_page_is_a_link_where_the_webui_serves_it(webui, monkeypatch, tmp_path):
-    done = Job("comparison", "vivid", "task", statistics="Wins <all>", table="old")
-    assert page.part("table", done, "1") == '<pre class="spo-table" tabindex="0">Wins &lt;all&gt;</pre>'
+    done = Job("comparison", "vivid", "task", table="old <one>")
+    assert page.part("table", done, "0") == '<div class="spo-table" tabindex="0"><pre>old &lt;one&gt;</pre></div>'
+    done.statistics = [["", "base", "vivid : 1"], ["Wins (<all>)", "-", "75% (50% to 90%)"]]
+    assert page.part("table", done, "1") == (
+        '<div class="spo-table" tabindex="0"><table><thead><tr><th scope="col"></th><th scope="col">base</th>'
+        '<th scope="col">vivid : 1</th></tr></thead><tbody><tr><th scope="row">Wins (&lt;all&gt;)</th><td>-</td>'
+        "<td>75%<small>50% to 90%</small></td></tr></tbody></table></div>"
+    )
     done.page = tmp_path / "out" / "spo a&b.html"
     text = page.part("table", done, "2")
     assert f'href="file={quote((tmp_path / "out").as_posix())}/spo%20a%26b.html"' in text
