@@ -195,13 +195,14 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def costs(stops: Sequence[Stop]) -> str:
-    """SPO and DPO stop by stop, as a table: what each cost and came to."""
+    """SPO and DPO stop by stop, as a table: what each cost and came to; what two experiments have in common, once."""
     rows = []
     for (method, rate), runs in sorted(_lines(stops).items()):
         for of_run in runs.values():
             for stop in sorted(of_run, key=lambda one: one.cost):
                 kept = f"{_mean(stop.recognised):.1%}"
-                rows.append([f"{method}, {rate:g}", stop.seed, stop.updates, stop.cost, _mean(stop.taste), kept])
+                rows.append((f"{method}, {rate:g}", stop.seed, stop.updates, stop.cost, _mean(stop.taste), kept))
+    rows = sorted(dict.fromkeys(rows), key=lambda row: row[:4])
     return table(rows, ["method, rate", "seed", "updates", "evaluations", "taste", "kept subjects"], markdown=True)
 
 
