@@ -159,14 +159,15 @@ def fit(host: HeadlessHost, groups: Groups, epochs: int, noises: int, seed: int,
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.2)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * noises)
     drawn = [torch.randint(0, 900, (len(groups.prompts),), generator=generator(seed, "t", n)) for n in range(noises)]
-    examples = [seen_latents(host, groups, t, (seed, "noise", n), seen) for n, t in enumerate(drawn)]
-    print(f"{noises} noisings of {len(groups.prompts)} groups are ready", flush=True)
+    fixed = []
+    if seen != "noisy":
+        fixed = [seen_latents(host, groups, t, (seed, "noise", n), seen) for n, t in enumerate(drawn)]
+        print(f"{noises} noisings of {len(groups.prompts)} groups are ready", flush=True)
     for epoch in range(epochs):
         losses = []
         for n in permutation(noises, seed, "order", epoch):
-            if seen == "noisy":
-                examples[n] = seen_latents(host, groups, drawn[n], (seed, "noise", n, epoch), seen)
-            latents, told = examples[n]
+            anew = (seed, "noise", n, epoch)
+            latents, told = fixed[n] if fixed else seen_latents(host, groups, drawn[n], anew, seen)
             scores = network(latents.flatten(0, 1), told.repeat_interleave(GROUP)).unflatten(0, (-1, GROUP))
             loss = binary_cross_entropy_with_logits(*pairwise(scores, groups.taste))
             shift = 1 + stable_seed(seed, "shift", epoch, n) % (len(groups.prompts) - 1)

@@ -125,6 +125,14 @@ def make_examples(flat: Path, fluent: Path, vae: Any, path: Path) -> Examples:
     return Examples(**torch.load(path, weights_only=True))
 
 
+def decoder_batch(examples: Examples, count: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels [count, 3, 64, 64] and the old means [count, 4, 8, 8] with noise, as a decoder learns them."""
+    pixels, moments = examples.batch(count)
+    noise = NOISE / SCALE_FACTOR * torch.rand(count, 1, 1, 1) * torch.randn(count, 4, SIZE_PX // 8, SIZE_PX // 8)
+    latents = (moments[:, :4] + noise).to(device)
+    return pixels.to(device), latents.contiguous(memory_format=torch.channels_last)
+
+
 def picture_loss(decoded: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     """L1 at three scales, of differences between neighbours, and of colours."""
     total = (decoded - pixels).abs().mean() + 0.7 * gradient_loss(decoded, pixels) + colour_loss(decoded, pixels)
@@ -139,11 +147,9 @@ def train_decoder(vae: Any, examples: Examples, steps: int, batch: int, work: Pa
     part = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
 
     def loss() -> tuple[torch.Tensor, dict[str, float]]:
-        pixels, moments = examples.batch(batch)
-        noise = NOISE / SCALE_FACTOR * torch.rand(batch, 1, 1, 1) * torch.randn(batch, 4, SIZE_PX // 8, SIZE_PX // 8)
-        pixels, latents = pixels.to(device), (moments[:, :4] + noise).to(device)
+        pixels, latents = decoder_batch(examples, batch, device)
         with precision_of(device):
-            decoded = vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample
+            decoded = vae.decode(latents).sample
         decoded = decoded.float()
         return picture_loss(decoded, pixels), {"L1": (decoded.detach() - pixels).abs().mean().item()}
 
@@ -216,33 +222,49 @@ def draw(old: Any, new: Any, examples: Examples, path: Path) -> None:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None, scratch: str) -> argparse.ArgumentParser:
+    """What both recipes of an autoencoder are asked. scratch: how their folders' names begin."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flat", type=Path, required=True, help="unpacked npm package emoji-datasource-google")
     parser.add_argument("--fluent", type=Path, required=True, help="unpacked npm package @lobehub/fluent-emoji-3d")
     parser.add_argument("--checkpoint", type=Path, default=HERE / "demo.safetensors", help="default: the demo's")
-    parser.add_argument("--work", type=Path, default=Path("autoencoder-work"), help="scratch folder")
-    parser.add_argument("--out", type=Path, default=Path("autoencoder-out"), help="folder for the results")
-    parser.add_argument("--decoder-steps", type=int, default=1500)
-    parser.add_argument("--decoder-batch", type=int, default=12)
-    parser.add_argument("--encoder-steps", type=int, default=500)
-    parser.add_argument("--encoder-batch", type=int, default=16)
+    parser.add_argument("--work", type=Path, default=Path(f"{scratch}-work"), help="scratch folder")
+    parser.add_argument("--out", type=Path, default=Path(f"{scratch}-out"), help="folder for the results")
     parser.add_argument("--save-every", type=int, default=100)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def begin(given: argparse.Namespace) -> tuple[Any, Examples]:
+    """The checkpoint's autoencoder as it is, and the examples; the folders are there afterwards."""
     torch.set_num_threads(given.threads)
     for folder in (given.work, given.out):
         folder.mkdir(parents=True, exist_ok=True)
     old = read_vae(given.checkpoint)
-    examples = make_examples(given.flat, given.fluent, old, given.work / "examples.pt")
+    return old, make_examples(given.flat, given.fluent, old, given.work / "examples.pt")
+
+
+def finish(given: argparse.Namespace, old: Any, new: Any, examples: Examples) -> None:
+    """Write the checkpoint with the new autoencoder, and draw both."""
+    new = new.to("cpu").eval()
+    write_checkpoint(given.checkpoint, new, given.out)
+    draw(old, new, examples, given.out / "reconstructions.png")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = parser_of(__doc__, "autoencoder")
+    parser.add_argument("--decoder-steps", type=int, default=1500)
+    parser.add_argument("--decoder-batch", type=int, default=12)
+    parser.add_argument("--encoder-steps", type=int, default=500)
+    parser.add_argument("--encoder-batch", type=int, default=16)
+    given = parser.parse_args(arguments)
+    old, examples = begin(given)
     torch.manual_seed(0)
     new = grown(old).to(given.device, memory_format=torch.channels_last)
     train_decoder(new, examples, given.decoder_steps, given.decoder_batch, given.work, given.save_every)
     train_encoder(new, examples, given.encoder_steps, given.encoder_batch, given.work, given.save_every)
-    new = new.to("cpu").eval()
-    write_checkpoint(given.checkpoint, new, given.out)
-    draw(old, new, examples, given.out / "reconstructions.png")
+    finish(given, old, new, examples)
 
 
 if __name__ == "__main__":

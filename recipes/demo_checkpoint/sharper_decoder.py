@@ -15,7 +15,6 @@ demo.yaml and reconstructions.png (pictures, the old decoder's versions, the new
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
@@ -26,20 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recipes.demo_checkpoint.networks import SCALE_FACTOR, parameter_count
+from recipes.demo_checkpoint.networks import parameter_count
 from recipes.demo_checkpoint.new_autoencoder import (
     AVERAGE,
-    NOISE,
     Examples,
-    draw,
-    make_examples,
+    begin,
+    decoder_batch,
+    finish,
+    parser_of,
     picture_loss,
-    read_vae,
-    write_checkpoint,
 )
-from recipes.demo_checkpoint.pictures import SIZE_PX
 from recipes.demo_checkpoint.steps import AverageOf, learning_rate, run_steps, updated
-from spo.demo.judge import HERE
 
 ADVERSARIAL = 0.5  # the gradient that the critic may give the last layer, as a part of the other losses'
 ALIKE = 0.2  # weight of the distance between the critic's features
@@ -96,11 +92,9 @@ def train_decoder(vae: Any, examples: Examples, steps: int, batch: int, work: Pa
     print(f"decoder: {parameter_count(part) / 1e6:.2f} M, critic: {parameter_count(critic) / 1e6:.2f} M", flush=True)
 
     def step(number: int) -> dict[str, float]:
-        pixels, moments = examples.batch(batch)
-        noise = NOISE / SCALE_FACTOR * torch.rand(batch, 1, 1, 1) * torch.randn(batch, 4, SIZE_PX // 8, SIZE_PX // 8)
-        pixels, latents = pixels.to(device), (moments[:, :4] + noise).to(device)
+        pixels, latents = decoder_batch(examples, batch, device)
         with torch.set_grad_enabled(number >= HEAD_START):  # before that the critic alone, which knows nothing yet
-            made = vae.decode(latents.contiguous(memory_format=torch.channels_last)).sample.float()
+            made = vae.decode(latents).sample.float()
         numbers = {}
         if number >= HEAD_START:
             rate = learning_rate((number - HEAD_START) / (steps - HEAD_START), RATE)
@@ -126,28 +120,14 @@ def train_decoder(vae: Any, examples: Examples, steps: int, batch: int, work: Pa
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flat", type=Path, required=True, help="unpacked npm package emoji-datasource-google")
-    parser.add_argument("--fluent", type=Path, required=True, help="unpacked npm package @lobehub/fluent-emoji-3d")
-    parser.add_argument("--checkpoint", type=Path, default=HERE / "demo.safetensors", help="default: the demo's")
-    parser.add_argument("--work", type=Path, default=Path("decoder-work"), help="scratch folder")
-    parser.add_argument("--out", type=Path, default=Path("decoder-out"), help="folder for the results")
+    parser = parser_of(__doc__, "decoder")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--save-every", type=int, default=100)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    for folder in (given.work, given.out):
-        folder.mkdir(parents=True, exist_ok=True)
-    old = read_vae(given.checkpoint)
-    examples = make_examples(given.flat, given.fluent, old, given.work / "examples.pt")
+    old, examples = begin(given)
     new = copy.deepcopy(old).to(given.device, memory_format=torch.channels_last)
     train_decoder(new, examples, given.steps, given.batch, given.work, given.save_every)
-    new = new.to("cpu").eval()
-    write_checkpoint(given.checkpoint, new, given.out)
-    draw(old, new, examples, given.out / "reconstructions.png")
+    finish(given, old, new, examples)
 
 
 if __name__ == "__main__":
