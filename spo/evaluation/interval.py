@@ -26,9 +26,13 @@ class Interval:
 
     def text(self, form: str = ".3g") -> str:
         """`0.91 (0.88 to 0.94)`."""
-        if not math.isfinite(self.low):
-            return format(self.mean, form)
-        return f"{self.mean:{form}} ({self.low:{form}} to {self.high:{form}})"
+        mean, ends = self.parts(form)
+        return f"{mean} ({ends})" if ends else mean
+
+    def parts(self, form: str = ".3g") -> tuple[str, str]:
+        """`0.91` and `0.88 to 0.94`, which is empty where the interval is not known."""
+        ends = f"{self.low:{form}} to {self.high:{form}}" if math.isfinite(self.low) else ""
+        return format(self.mean, form), ends
 
 
 def bootstrap_interval(

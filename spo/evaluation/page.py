@@ -77,9 +77,17 @@ def pictures_csv(evaluation: Evaluation) -> str:
 
 
 def statistics_rows(evaluation: Evaluation) -> list[list[str]]:
-    """The table as texts: a statistic, then each column's mean with interval; for terminals and the tab."""
+    """The table as texts, for terminals: a statistic, then each column's mean with interval."""
     return [
-        [_heading(statistic), *(_cell_text(statistic, label) for label in evaluation.columns)]
+        [name, *(f"{mean} ({ends})" if ends else mean for mean, ends in cells)]
+        for name, cells in statistics_cells(evaluation)
+    ]
+
+
+def statistics_cells(evaluation: Evaluation) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The same with a column's mean and its interval apart; the interval is empty where none is known."""
+    return [
+        (_heading(statistic), [_mean_and_ends(statistic, label) for label in evaluation.columns])
         for statistic in evaluation.statistics
     ]
 
@@ -101,9 +109,9 @@ def _by(statistic: Statistic) -> str:
     return f"{statistic.by}, {statistic.unit}" if statistic.unit else statistic.by
 
 
-def _cell_text(statistic: Statistic, label: str) -> str:
+def _mean_and_ends(statistic: Statistic, label: str) -> tuple[str, str]:
     value = statistic.values.get(label)
-    return "-" if value is None else value.of.text(_form(statistic))
+    return ("-", "") if value is None else value.of.parts(_form(statistic))
 
 
 def _form(statistic: Statistic) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from spo.errors import SpoError, nearest
 from spo.evaluation.features import Features, choose_features
 from spo.evaluation.judges import Judge, as_judge
-from spo.evaluation.page import page, statistics_csv, statistics_rows, webp
+from spo.evaluation.page import page, statistics_cells, statistics_csv, webp
 from spo.evaluation.provenance import Training, training_of
 from spo.evaluation.statistics import Measured, measure, together
 from spo.evaluation.summary import Column, rows_of, summarize
@@ -29,7 +29,7 @@ from spo.report.grids import grid
 from spo.report.tables import score_table
 from spo.training.memory import loaded_scorer, once_more, retry_with_less
 from spo.webui import folders
-from spo.webui.jobs.job import Job, ready_checkpoint, start
+from spo.webui.jobs.job import Job, StatisticsTable, ready_checkpoint, start
 from spo.webui.seam import webui
 
 if TYPE_CHECKING:
@@ -399,7 +399,7 @@ def _write_page(job: Job, plan: _Plan, results: _Results, judges: Sequence[Judge
         write_text(place, page(evaluation))
     except OSError as error:
         return job.say(f'The page "{place}" cannot be written: {error.strerror or error}.')
-    job.page, job.statistics = place, [["", *evaluation.columns], *statistics_rows(evaluation)]
+    job.page, job.statistics = place, StatisticsTable(evaluation.columns, statistics_cells(evaluation))
 
 
 def _save(plan: _Plan, results: _Results) -> Path:

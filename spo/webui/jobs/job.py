@@ -56,6 +56,14 @@ class Example:
     preference: str
 
 
+@dataclass(frozen=True)
+class StatisticsTable:
+    """rows: a statistic's name, then for each column its mean and its interval, "" where none is known."""
+
+    columns: Sequence[str]
+    rows: list[tuple[str, list[tuple[str, str]]]]
+
+
 @dataclass
 class Job:
     """What is known of one piece of work, for pages and the API.
@@ -90,7 +98,7 @@ class Job:
     output: Path | None = None
     example: Example | None = None
     table: str = ""
-    statistics: list[list[str]] = field(default_factory=list)
+    statistics: StatisticsTable | None = None
     page: Path | None = None
     log: deque[str] = field(default_factory=lambda: deque(maxlen=200))
     version: int = 0

@@ -149,6 +149,8 @@ def prepare(request: TrainingRequest) -> Prepared:
         "vae": "",
         "prediction_type": "auto",
     }
+    for side in ("width", "height"):
+        values.setdefault(side, folders.usual_size_px(checkpoint.architecture, checkpoint.file.name))
     config = build_config(values, checkpoint.architecture)
     if not request.resume:
         check_output(config)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from spo.errors import SpoError
 from spo.webui import folders
-from spo.webui.jobs.job import Job, PoolPictures
+from spo.webui.jobs.job import Job, PoolPictures, StatisticsTable
 from spo.webui.jobs.probe import words
 from spo.webui.seam import webui
 
@@ -108,7 +108,7 @@ def part_keys(job: Job | None) -> dict[str, str]:
         "pool": f"{job.pool.made_s}" if job.pool is not None else "",
         "curves": f"{len(job.rows)} {len(job.checks)}" if job.rows or job.checks else "",
         "pictures": f"{picture.name} {picture.stat().st_mtime_ns}" if picture is not None else "",
-        "table": f"{len(job.table)} {len(job.statistics)}" if job.table or job.statistics else "",
+        "table": f"{len(job.table)} {job.statistics is not None}" if job.table or job.statistics else "",
         "log": f"{len(job.log)} {job.log[-1]}" if job.log else "",
     }
     return {part: f"{job.task} {key}" if key else "" for part, key in keys.items()}
@@ -125,17 +125,16 @@ def part(name: str, job: Job, key: str) -> str:
     return known[1]
 
 
-def _statistics(rows: Sequence[Sequence[str]]) -> str:
-    """A table, its first row the heads of the columns; a cell's interval stands in a line of its own."""
-    head, *others = ([html.escape(cell) for cell in row] for row in rows)
+def _statistics(table: StatisticsTable) -> str:
+    """An interval stands in a line of its own, under its mean."""
     lines = []
-    for name, *cells in others:
-        parts = (cell.partition(" (") for cell in cells)
+    for name, cells in table.rows:
         shown = (
-            f"<td>{value}{f'<small>{interval[:-1]}</small>' if interval else ''}</td>" for value, _, interval in parts
+            f"<td>{html.escape(mean)}{f'<small>{html.escape(ends)}</small>' if ends else ''}</td>"
+            for mean, ends in cells
         )
-        lines.append(f'<tr><th scope="row">{name}</th>{"".join(shown)}</tr>')
-    heads = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+        lines.append(f'<tr><th scope="row">{html.escape(name)}</th>{"".join(shown)}</tr>')
+    heads = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in ("", *table.columns))
     return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 

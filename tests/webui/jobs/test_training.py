@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from spo.errors import SpoError
@@ -34,3 +37,15 @@ def test_a_request_is_checked_before_anything_is_loaded(webui, tmp_path):
         prepared()
     with pytest.raises(SpoError, match="no run"):
         training.prepare(training.TrainingRequest("none", resume=True))
+
+
+@pytest.mark.parametrize(("file", "px"), [(folders.DEMO_CHECKPOINT, 64), ("dream.safetensors", 512)])
+def test_training_without_a_size_takes_the_checkpoints_own(webui, monkeypatch, file, px):
+    loaded = SimpleNamespace(file=Path(file), architecture="sd15")
+    monkeypatch.setattr(training, "ready_checkpoint", lambda: loaded)
+    monkeypatch.setattr(training.webui, "refuse_training", lambda checkpoint: None)
+    monkeypatch.setattr(training, "check_made_for", lambda preference, checkpoint: None)
+    for given, sides in (({}, (px, px)), ({"width": 128}, (128, px))):
+        request = training.TrainingRequest("vivid", ["a fox"], {"preference": "demo", **given})
+        prompt = training.prepare(request).config.prompt
+        assert (prompt.width, prompt.height) == sides

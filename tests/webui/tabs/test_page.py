@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from spo.webui import folders, seam
-from spo.webui.jobs.job import Example, Job, PoolPictures
+from spo.webui.jobs.job import Example, Job, PoolPictures, StatisticsTable
 from spo.webui.tabs import page
 from tests.webui import stand_in
 
@@ -104,7 +104,7 @@ def test_charts_draw_what_is_finite():
 def test_a_comparisons_page_is_a_link_where_the_webui_serves_it(webui, monkeypatch, tmp_path):
     done = Job("comparison", "vivid", "task", table="old <one>")
     assert page.part("table", done, "0") == '<div class="spo-table" tabindex="0"><pre>old &lt;one&gt;</pre></div>'
-    done.statistics = [["", "base", "vivid : 1"], ["Wins (<all>)", "-", "75% (50% to 90%)"]]
+    done.statistics = StatisticsTable(["base", "vivid : 1"], [("Wins (<all>)", [("-", ""), ("75%", "50% to 90%")])])
     assert page.part("table", done, "1") == (
         '<div class="spo-table" tabindex="0"><table><thead><tr><th scope="col"></th><th scope="col">base</th>'
         '<th scope="col">vivid : 1</th></tr></thead><tbody><tr><th scope="row">Wins (&lt;all&gt;)</th><td>-</td>'
