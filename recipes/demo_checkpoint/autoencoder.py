@@ -7,10 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from recipes.demo_checkpoint.networks import SCALE_FACTOR, build_vae, parameter_count
+from recipes.demo_checkpoint.networks import SCALE_FACTOR, build_vae, parameter_count, vae_of
 from recipes.demo_checkpoint.options import Options
 from recipes.demo_checkpoint.pictures import SIZE_PX, load_pictures, saturate, save_grid, to_pixels
 from recipes.demo_checkpoint.steps import learning_rate, precision_of, run_steps, updated
+from recipes.demo_checkpoint.taken import read_vae
 from spo.files import write_whole
 
 
@@ -44,7 +45,11 @@ def colour_loss(reconstruction: torch.Tensor, pixels: torch.Tensor) -> torch.Ten
 
 
 def train_vae(options: Options) -> None:
-    """vae.pt: --vae-steps steps of 16 pictures; high saturations leave room for vivid ones."""
+    """vae.pt: --vae-steps steps of 16 pictures; high saturations leave room for vivid ones. Or --checkpoint's."""
+    if options.checkpoint:
+        kept = read_vae(options.checkpoint)
+        write_whole(options.work / "vae.pt", lambda temporary: torch.save(kept.state_dict(), temporary))
+        return draw_reconstructions(options, kept)
     device = options.place
     pictures = load_pictures(options.work).flatten(0, 2)
     torch.manual_seed(0)
@@ -89,18 +94,19 @@ def encode(options: Options) -> None:
     """latents.pt: posterior means [subjects, 2, VARIANTS, 4, 8, 8] as float16, standardised per channel.
 
     The same standardisation is folded into the autoencoder's quant_conv and post_quant_conv (vae_folded.pt), so that
-    SCALE_FACTOR times its latents has mean 0 and std 1 in each channel, as Stable Diffusion's conventions expect.
+    SCALE_FACTOR times its latents has mean 0 and std 1 in each channel, as Stable Diffusion's conventions expect. An
+    autoencoder of --checkpoint has that already, and stays as it is: its UNet knows those latents.
     """
-    vae = build_vae()
-    vae.load_state_dict(torch.load(options.work / "vae.pt"))
-    vae.eval().to(options.place)
+    vae = vae_of(torch.load(options.work / "vae.pt")).to(options.place)
     pictures = load_pictures(options.work)
-    parts = pictures.flatten(0, 2).split(256)
+    parts = pictures.flatten(0, 2).split(64)
     means = torch.cat([vae.encode(to_pixels(part).to(options.place)).latent_dist.mean.cpu() for part in parts])
     vae.cpu()
     centre, spread = means.mean((0, 2, 3)), means.std((0, 2, 3))
-    factor = 1 / (SCALE_FACTOR * spread)
     print(f"latent means {centre.tolist()} stds {spread.tolist()}")
+    if options.checkpoint:
+        centre, spread = torch.zeros(4), torch.full((4,), 1 / SCALE_FACTOR)
+    factor = 1 / (SCALE_FACTOR * spread)
     vae.quant_conv.weight[:4] *= factor.view(4, 1, 1, 1)
     vae.quant_conv.bias[:4] = (vae.quant_conv.bias[:4] - centre) * factor
     vae.quant_conv.bias[4:] += 2 * factor.log()

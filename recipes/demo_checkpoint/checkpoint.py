@@ -20,13 +20,13 @@ from recipes.demo_checkpoint.networks import (
     UNET_CHANNELS,
     UNET_HEADS,
     UNET_MULTIPLIERS,
-    VAE,
     VaeShape,
     alphas_cumprod,
     build_text_encoder,
     encode_text,
     load_networks,
     load_vae,
+    shape_of,
     tokenize,
 )
 from recipes.demo_checkpoint.options import Options
@@ -80,7 +80,7 @@ def ldm_vae(vae: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def config_yaml(vae: VaeShape = VAE) -> str:
+def config_yaml(vae: VaeShape) -> str:
     """The checkpoint's yaml; CLIP_DIR_HERE stands for the folder with tokenizer and text encoder config."""
     return (
         (HERE / "demo.yaml.template")
@@ -107,7 +107,7 @@ def write_checkpoint(options: Options, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     kind = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "torch_dtype": "float32"}
     (folder / "text_encoder_config.json").write_text(json.dumps(kind | TEXT_CONFIG, indent=1) + "\n")
-    (folder / "demo.yaml").write_text(config_yaml())
+    (folder / "demo.yaml").write_text(config_yaml(shape_of(load_vae(options.work))))
     save_file(ldm_tensors(options), folder / "demo.tmp", metadata={"format": "pt"})
     (folder / "demo.tmp").replace(folder / "demo.safetensors")
     return folder / "demo.safetensors"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from recipes.demo_checkpoint.networks import UNET_BLOCKS, VAE
+from recipes.demo_checkpoint.networks import UNET_BLOCKS, VAE_LEVELS
 
 RESNET_NAMES = {
     "norm1": "in_layers.0",
@@ -60,7 +60,7 @@ def ldm_vae_name(name: str) -> str:
     )
     name = re.sub(r"down_blocks\.(\d)\.resnets\.", r"down.\1.block.", name)
     name = re.sub(r"down_blocks\.(\d)\.downsamplers\.0\.", r"down.\1.downsample.", name)
-    level = len(VAE.multipliers) - 1
+    level = VAE_LEVELS - 1
     name = re.sub(r"up_blocks\.(\d)\.resnets\.", lambda m: f"up.{level - int(m[1])}.block.", name)
     return re.sub(r"up_blocks\.(\d)\.upsamplers\.0\.", lambda m: f"up.{level - int(m[1])}.upsample.", name)
 

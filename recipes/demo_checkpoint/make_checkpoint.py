@@ -19,7 +19,8 @@ usage, in the project's root:
         --fluent <@lobehub/fluent-emoji-3d> --work <scratch> --out <result>
 Which emoji are subjects, and what they are called, stands in subject_choice.json. Networks are trained on the GPU where
 there is one, else on the CPU. Every stage makes a fixed number of steps from a seed; one that was cut off goes on from
-WORK/STAGE.state to the same result (`steps`).
+WORK/STAGE.state to the same result (`steps`). With --checkpoint, "vae" and "unet" take that file's networks in place of
+training them, "data" has the core subjects alone, and "unet_core" goes on in its latent space.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", type=Path, default=TOKENIZER, help="folder with CLIP's vocab.json, merges.txt")
     parser.add_argument("--work", type=Path, default=Path("demo-work"), help="scratch folder")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the results")
+    parser.add_argument("--checkpoint", type=Path, help="a demo checkpoint to go on from, see above")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="auto", help="auto: the GPU where there is one")
     parser.add_argument("--vae-steps", type=int, default=6000)

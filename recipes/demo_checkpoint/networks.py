@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from recipes.demo_checkpoint.pictures import SIZE_PX
 
 SCALE_FACTOR = 0.18215
 CLIP_LENGTH = 77
+VAE_LEVELS = 4  # 8 x 8 latents of 64-pixel pictures: three halvings
 UNET_CHANNELS, UNET_MULTIPLIERS, UNET_BLOCKS, UNET_HEADS = 64, (1, 2), 2, 4
 
 
@@ -61,11 +64,24 @@ def build_vae(shape: VaeShape = VAE) -> Any:
     )
 
 
+def shape_of(vae: Any) -> VaeShape:
+    """What `build_vae` was given."""
+    width, *others = vae.config.block_out_channels
+    return VaeShape(width, (1, *(other // width for other in others)), vae.config.layers_per_block)
+
+
+def vae_of(weights: Mapping[str, torch.Tensor]) -> Any:
+    """The autoencoder of a state dict, of whatever shape, for inference."""
+    width, *others = (len(weights[f"encoder.down_blocks.{level}.resnets.0.conv2.bias"]) for level in range(VAE_LEVELS))
+    blocks = sum(bool(re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.bias", name)) for name in weights)
+    vae = build_vae(VaeShape(width, (1, *(other // width for other in others)), blocks))
+    vae.load_state_dict(weights)
+    return vae.eval().requires_grad_(False)
+
+
 def load_vae(work: Path) -> Any:
     """The autoencoder with SCALE_FACTOR's convention folded in, for inference."""
-    vae = build_vae()
-    vae.load_state_dict(torch.load(work / "vae_folded.pt"))
-    return vae.eval().requires_grad_(False)
+    return vae_of(torch.load(work / "vae_folded.pt"))
 
 
 def build_unet() -> Any:

@@ -28,8 +28,7 @@ from safetensors.torch import save_file
 
 from recipes.demo_checkpoint.autoencoder import colour_loss, gradient_loss
 from recipes.demo_checkpoint.checkpoint import config_yaml, ldm_vae
-from recipes.demo_checkpoint.ldm_names import ldm_vae_name
-from recipes.demo_checkpoint.networks import SCALE_FACTOR, SHIPPED_VAE, VaeShape, build_vae, parameter_count
+from recipes.demo_checkpoint.networks import SCALE_FACTOR, SHIPPED_VAE, build_vae, parameter_count
 from recipes.demo_checkpoint.pictures import (
     CHOICE,
     SIZE_PX,
@@ -41,14 +40,12 @@ from recipes.demo_checkpoint.pictures import (
     to_pixels,
 )
 from recipes.demo_checkpoint.steps import AverageOf, learning_rate, precision_of, run_steps, updated
-from spo.checkpoint.shapes import vae_shape
+from recipes.demo_checkpoint.taken import VAE_PREFIX, read_vae
 from spo.checkpoint.tensor_file import open_tensor_file, read_tensors
 from spo.demo.judge import HERE
 from spo.files import write_text, write_whole
 
-PREFIX = "first_stage_model."
-# as the demo's UNet learnt its subjects; colours reach further, for LoRAs that make them vivid
-JITTER = Jitter(sizes_px=(56, 60), shifts_px=1, saturations=(0.3, 1.6), flipped=0.0, tinted=0.0)
+JITTER = Jitter(saturations=(0.3, 1.6))  # further than the demo's UNet learns, for LoRAs that make colours vivid
 RENDERINGS = 8
 CORE_SHARE = 0.6  # of a batch, the rest is of all subjects
 NOISE = 0.15  # at most, of the latents as the UNet sees them; how much differs between examples
@@ -70,19 +67,6 @@ class Examples:
         rows = torch.where(torch.rand(count) < CORE_SHARE, core, torch.randint(len(self.pixels), (count,)))
         styles, renderings = torch.randint(len(STYLES), (count,)), torch.randint(RENDERINGS, (count,))
         return to_pixels(self.pixels[rows, styles, renderings]), self.moments[rows, styles, renderings].float()
-
-
-def read_vae(path: Path) -> Any:
-    """The autoencoder of a checkpoint in LDM's names, float32, for inference."""
-    file = open_tensor_file(path)
-    shape = vae_shape(file, PREFIX)
-    vae = build_vae(
-        VaeShape(shape.channels[0], tuple(n // shape.channels[0] for n in shape.channels), shape.res_blocks)
-    )
-    names = {name: PREFIX + ldm_vae_name(name) for name in vae.state_dict()}
-    tensors = read_tensors(file, names.values())
-    vae.load_state_dict({ours: tensors[name].float().view_as(vae.state_dict()[ours]) for ours, name in names.items()})
-    return vae.eval().requires_grad_(False)
 
 
 def grown(old: Any) -> Any:
@@ -201,8 +185,8 @@ def _train(
 def write_checkpoint(source: Path, vae: Any, out: Path) -> None:
     """demo.safetensors, as `source` but for the autoencoder, and demo.yaml."""
     file = open_tensor_file(source)
-    tensors = read_tensors(file, [name for name in file.tensors if not name.startswith(PREFIX)])
-    tensors |= {f"{PREFIX}{name}": tensor.half().contiguous() for name, tensor in ldm_vae(vae).items()}
+    tensors = read_tensors(file, [name for name in file.tensors if not name.startswith(VAE_PREFIX)])
+    tensors |= {f"{VAE_PREFIX}{name}": tensor.half().contiguous() for name, tensor in ldm_vae(vae).items()}
     write_whole(out / "demo.safetensors", lambda temporary: save_file(tensors, temporary, metadata={"format": "pt"}))
     write_text(out / "demo.yaml", config_yaml(SHIPPED_VAE))
 

@@ -11,13 +11,15 @@ import torch
 @dataclass(frozen=True)
 class Options:
     """flat, fluent: unpacked emoji packages; tokenizer: CLIP's; work: scratch; out: results; snapshots: checkpoints
-    while the UNet trains, None for none. batch: noisy latents in a step, two of each picture. save_every: steps."""
+    while the UNet trains, None for none. batch: noisy latents in a step, two of each picture. save_every: steps.
+    checkpoint: whose autoencoder is kept, and whose UNet and text encoder learn on; None: from nothing."""
 
     flat: Path
     fluent: Path
     tokenizer: Path
     work: Path
     out: Path
+    checkpoint: Path | None
     snapshots: Path | None
     threads: int
     device: str

@@ -15,13 +15,13 @@ from PIL import Image
 from recipes.demo_checkpoint.options import Options
 
 SIZE_PX = 64
-VARIANTS = 12  # renderings of a picture; the first one as it is
+VARIANTS = 24  # renderings of a picture; the first one as it is
 STYLES = ("flat", "3d")
 HERE = Path(__file__).parent
 
 # which emoji are subjects, what they are called in prompts, which of them the text model learns; core_subjects: those
-# that the shipped checkpoint knows, more_core_subjects what this recipe teaches besides; skipped_names,
-# not_taught_names, typographic_words and no_prompt hold alternatives of a regular expression
+# that the checkpoint draws; skipped_names, not_taught_names, typographic_words and no_prompt hold alternatives of a
+# regular expression
 CHOICE: dict[str, Any] = json.loads((HERE / "subject_choice.json").read_text(encoding="utf-8"))
 SKIPPED_NAMES, NOT_TAUGHT_NAMES = (re.compile("|".join(CHOICE[key])) for key in ("skipped_names", "not_taught_names"))
 TYPOGRAPHIC_WORDS = re.compile(rf"\b({'|'.join(CHOICE['typographic_words'])})\b ?")
@@ -92,22 +92,24 @@ def list_subjects(flat: Path, fluent: Path) -> list[dict]:
 class Jitter:
     """By what renderings of a picture differ; what they have in common will be common to the seeds of a prompt.
 
-    sizes_px     from, to; both are drawn. saturations: from, to
-    shifts_px    from the middle, at most; None: as far as there is room
-    flipped      share of them seen in a mirror; tinted: share of them with a light background that is not white
+    Their background is white: a tinted one would let a taste for vivid colours be met without the subject.
+
+    sizes_px         from, to; both are drawn. saturations: from, to
+    shifts_px        from the middle, at most; None: as far as there is room
+    flipped          share of them seen in a mirror
+    turned_degrees   to either side, at most
     """
 
-    sizes_px: tuple[int, int] = (44, 62)
+    sizes_px: tuple[int, int] = (48, 62)
     shifts_px: int | None = None
     saturations: tuple[float, float] = (0.4, 1.1)
     flipped: float = 0.5
-    tinted: float = 0.5
+    turned_degrees: float = 10.0
 
 
 def render(picture: Image.Image, variant: int, rng: np.random.Generator, jitter: Jitter = Jitter()) -> np.ndarray:
     """One 64-pixel rendering, uint8 [64, 64, 3]: variant 0 in the middle on white, the others as chance has it."""
     size_px, saturation, brightness, shift_px = 58, 1.0, 1.0, np.zeros(2, dtype=np.int64)
-    background = np.ones(3, dtype=np.float32)
     if variant:
         size_px = int(rng.integers(jitter.sizes_px[0], jitter.sizes_px[1] + 1))
         saturation, brightness = rng.uniform(*jitter.saturations), rng.uniform(0.92, 1.06)
@@ -115,21 +117,24 @@ def render(picture: Image.Image, variant: int, rng: np.random.Generator, jitter:
         shift_px = rng.integers(-room_px, room_px + 1, size=2)
         if jitter.flipped and rng.random() < jitter.flipped:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if jitter.tinted and rng.random() < jitter.tinted:
-            background = 1 - 0.15 * rng.random(3, dtype=np.float32)
+        if jitter.turned_degrees:
+            degrees = rng.uniform(-jitter.turned_degrees, jitter.turned_degrees)
+            picture = picture.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
     small = np.asarray(picture.resize((size_px, size_px), Image.Resampling.LANCZOS), dtype=np.float32) / 255
     colour, alpha = small[..., :3], small[..., 3:]
     luma = colour @ np.array([[0.299], [0.587], [0.114]], dtype=np.float32)
     colour = np.clip((luma + saturation * (colour - luma)) * brightness, 0, 1)
-    canvas = np.broadcast_to(background, (SIZE_PX, SIZE_PX, 3)).copy()
+    canvas = np.ones((SIZE_PX, SIZE_PX, 3), dtype=np.float32)
     top, left = (SIZE_PX - size_px) // 2 + shift_px
-    canvas[top : top + size_px, left : left + size_px] = colour * alpha + background * (1 - alpha)
+    canvas[top : top + size_px, left : left + size_px] = colour * alpha + 1 - alpha
     return (canvas * 255).round().astype(np.uint8)
 
 
 def make_data(options: Options) -> None:
     """pictures.npy: uint8 [subjects, 2 styles, VARIANTS, 64, 64, 3]; subjects.json: names and wordings."""
     subjects = list_subjects(options.flat, options.fluent)
+    if options.checkpoint:  # no autoencoder is trained, which the others would help
+        subjects = [subjects[row] for row in core_rows(subjects)]
     pictures = np.empty((len(subjects), len(STYLES), VARIANTS, SIZE_PX, SIZE_PX, 3), dtype=np.uint8)
     rng = np.random.default_rng(0)
     for row, subject in enumerate(subjects):
@@ -156,8 +161,7 @@ def taught_rows(subjects: list[dict]) -> list[int]:
 
 
 def core_rows(subjects: list[dict]) -> list[int]:
-    names = {*CHOICE["core_subjects"], *CHOICE["more_core_subjects"]}
-    return [row for row, subject in enumerate(subjects) if subject["name"] in names]
+    return [row for row, subject in enumerate(subjects) if subject["name"] in CHOICE["core_subjects"]]
 
 
 def to_pixels(pictures: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from recipes.demo_checkpoint.networks import (
 from recipes.demo_checkpoint.options import Options
 from recipes.demo_checkpoint.pictures import core_rows, load_subjects, taught_rows
 from recipes.demo_checkpoint.steps import AverageOf, learning_rate, precision_of, run_steps, updated
+from recipes.demo_checkpoint.taken import read_text_encoder, read_unet
 from spo.files import write_whole
 
 
@@ -49,7 +50,12 @@ def denoising_loss(
 
 
 def train_unet(options: Options) -> None:
-    """unet.pt: both networks trained for --unet-steps on all subjects that are taught, their weights averaged."""
+    """unet_all.pt: both networks trained for --unet-steps on all subjects that are taught, their weights averaged; or
+    --checkpoint's."""
+    if options.checkpoint:
+        networks = {"unet": read_unet(options.checkpoint), "text_encoder": read_text_encoder(options.checkpoint)}
+        weights = torch.nn.ModuleDict(networks).state_dict()
+        return write_whole(options.work / "unet_all.pt", lambda temporary: torch.save(weights, temporary))
     torch.manual_seed(0)
     rows = taught_rows(load_subjects(options.work))
     fit_unet(options, "unet", options.unet_steps, CaptionedLatents(options, rows), build_unet(), build_text_encoder())
@@ -70,7 +76,7 @@ def fit_unet(
     device = options.place
     networks = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}).to(device)
     average = AverageOf(networks)
-    optimizer = torch.optim.AdamW(networks.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(networks.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     alpha_bar = alphas_cumprod()
     print(
         f"parameters: UNet {parameter_count(unet)}, text encoder {parameter_count(text_encoder)}; "

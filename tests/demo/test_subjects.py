@@ -13,7 +13,7 @@ from spo.prompts import read_prompts
 
 def test_it_knows_every_prompt_of_the_demo():
     classifier = load(HERE / "subject_classifier.safetensors")
-    assert len(set(classifier.classes)) == len(classifier.classes) == 186
+    assert len(set(classifier.classes)) == len(classifier.classes) == 415
     assert {*held_out()[0], *read_prompts(HERE / "prompts.txt")} <= set(classifier.classes)
 
 

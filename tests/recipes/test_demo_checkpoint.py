@@ -15,14 +15,27 @@ from recipes.demo_checkpoint.checkpoint import config_yaml, schedule_buffers
 from recipes.demo_checkpoint.ldm_names import ldm_text_name, ldm_unet_name, ldm_vae_name
 from recipes.demo_checkpoint.make_checkpoint import STAGES, main
 from recipes.demo_checkpoint.networks import (
+    SCALE_FACTOR,
     SHIPPED_VAE,
     TEXT_CONFIG,
+    VAE,
     build_text_encoder,
     build_unet,
     build_vae,
     parameter_count,
+    shape_of,
 )
-from recipes.demo_checkpoint.pictures import CHOICE, clean_name, is_subject, is_taught, render
+from recipes.demo_checkpoint.pictures import (
+    CHOICE,
+    clean_name,
+    is_subject,
+    is_taught,
+    load_pictures,
+    render,
+    to_pixels,
+)
+from recipes.demo_checkpoint.taken import VAE_PREFIX, read_text_encoder, read_unet, read_vae
+from spo.checkpoint.tensor_file import open_tensor_file, read_tensors
 from spo.demo.judge import HERE, held_out
 from spo.demo.subjects import load
 from spo.prompts import read_prompts
@@ -61,23 +74,28 @@ def test_the_next_file_keeps_within_25_mb_and_no_group_of_its_norms_is_one_chann
     unet, _, text_encoder = networks
     with torch.device("meta"):
         vae = build_vae()
+    assert shape_of(vae) == VAE
     assert 2 * sum(parameter_count(network) for network in (unet, vae, text_encoder)) < 24_000_000
     norms = [module for module in vae.modules() if isinstance(module, torch.nn.GroupNorm)]
     assert norms and all(norm.num_channels >= 2 * norm.num_groups for norm in norms)
 
 
-def test_more_subjects_are_taught_and_none_twice():
-    core, more = CHOICE["core_subjects"], CHOICE["more_core_subjects"]
-    assert len({*core, *more}) == len(core) + len(more) >= 300
+def test_three_hundred_subjects_and_none_twice():
+    core = CHOICE["core_subjects"]
+    assert len(set(core)) == len(core) >= 300
 
 
-def test_renderings_of_one_picture_differ_in_place_and_background():
-    picture = Image.new("RGBA", (64, 64), (200, 30, 30, 255))
+def test_renderings_of_one_picture_differ_in_place_side_and_turn_on_white():
+    halves = np.full((64, 64, 4), (200, 30, 30, 255), dtype=np.uint8)
+    halves[:, :32, :3] = (30, 30, 200)
     rng = np.random.default_rng(0)
-    plain, *others = (render(picture, variant, rng) for variant in range(12))
-    assert (plain[0, 0] == 255).all() and (plain[32, 32] == (200, 30, 30)).all()
-    assert len({other[:2].tobytes() for other in others}) > 4  # the corner is background, mostly
-    assert len({(other[32] != other[32, 0]).any(1).argmax() for other in others}) > 4  # where the picture begins
+    plain, *others = (render(Image.fromarray(halves), variant, rng) for variant in range(12))
+    assert (plain[0, 0] == 255).all() and (plain[32, 20] == (30, 30, 200)).all()
+    assert all((other[0, 0] == 255).all() for other in others)
+    assert len({(other[32] != 255).any(1).argmax() for other in others}) > 4  # where the picture begins
+    assert {bool(other[32, 20, 0] > other[32, 20, 2]) for other in others} == {False, True}  # which half is left
+    edges = [(np.diff(other[[20, 44]].astype(int), axis=1) != 0).any(2).argmax(1) for other in others]
+    assert len({int(top - bottom) for top, bottom in edges}) >= 3  # how far its side leans
 
 
 def test_the_demos_prompts_are_core_subjects():
@@ -120,7 +138,8 @@ def test_help_names_every_stage(capsys):
 
 
 @pytest.mark.slow
-def test_every_stage_runs(emoji, monkeypatch):
+@pytest.mark.parametrize("source", [None, HERE / "demo.safetensors"], ids=["from nothing", "from a checkpoint"])
+def test_every_stage_runs(emoji, monkeypatch, source):
     """A step or two of each; what they leave is what the demo consists of."""
     monkeypatch.setattr(prompt_stages, "HELD_OUT_PROMPTS", 1)
     monkeypatch.setattr(prompt_stages, "TRAINING_PROMPTS", 2)
@@ -130,6 +149,7 @@ def test_every_stage_runs(emoji, monkeypatch):
     steps = [f"--{name}-steps=1" for name in ("vae", "unet", "core", "classifier")]
     lengths = [*steps, "--batch=4", "--device=cpu", "--save-every=1"]
     results = [f"--out={emoji / 'out'}", f"--snapshots={emoji / 'snapshots'}", "--threads=1"]
+    results += [f"--checkpoint={source}"] if source else []
     main(["all", *folders, *lengths, *results])
     assert json.loads((emoji / "work" / "done.json").read_text()) == list(STAGES)
     written = (emoji / "out" / "demo.safetensors").stat().st_mtime_ns
@@ -143,3 +163,19 @@ def test_every_stage_runs(emoji, monkeypatch):
     names = (emoji / "out" / "prompts.txt").read_text().split("\n")
     assert len(load(emoji / "out" / "subject_classifier.safetensors").classes) == 5
     assert set(filter(None, names)) < {name.lower() for name in CHOICE["core_subjects"]}
+    if source:
+        check_what_was_taken(emoji)
+
+
+def check_what_was_taken(emoji):
+    """The autoencoder is in the new file as it was in the old one, and latents are what its encoder says."""
+    both = [open_tensor_file(path / "demo.safetensors") for path in (HERE, emoji / "out")]
+    old, new = (read_tensors(file, [n for n in file.tensors if n.startswith(VAE_PREFIX)]) for file in both)
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    begun = torch.load(emoji / "work" / "unet_all.pt")
+    taken = {"unet": read_unet(HERE / "demo.safetensors"), "text_encoder": read_text_encoder(HERE / "demo.safetensors")}
+    assert all(torch.equal(begun[name], weight) for name, weight in torch.nn.ModuleDict(taken).state_dict().items())
+    picture = to_pixels(load_pictures(emoji / "work")[0, 0, :1])
+    mean = SCALE_FACTOR * read_vae(HERE / "demo.safetensors").encode(picture).latent_dist.mean
+    latents = torch.load(emoji / "work" / "latents.pt")[0, 0, :1].float()
+    torch.testing.assert_close(latents, mean, rtol=2e-3, atol=2e-3)

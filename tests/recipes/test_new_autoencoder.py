@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from recipes.demo_checkpoint.networks import VaeShape, build_vae
-from recipes.demo_checkpoint.new_autoencoder import PREFIX, grown, main, make_examples, read_vae
+from recipes.demo_checkpoint.new_autoencoder import grown, main, make_examples
+from recipes.demo_checkpoint.taken import VAE_PREFIX, read_vae
 from spo.checkpoint.tensor_file import open_tensor_file, read_tensors
 from spo.demo.judge import HERE
 
@@ -23,8 +24,8 @@ def test_all_but_the_autoencoder_stays(emoji):
     tensors = made(emoji, "out", "--decoder-steps=1", "--encoder-steps=1")
     file = open_tensor_file(HERE / "demo.safetensors")
     old = read_tensors(file, file.tensors)
-    theirs = {name for name in old if not name.startswith(PREFIX)}
-    assert {name for name in tensors if not name.startswith(PREFIX)} == theirs
+    theirs = {name for name in old if not name.startswith(VAE_PREFIX)}
+    assert {name for name in tensors if not name.startswith(VAE_PREFIX)} == theirs
     assert all(torch.equal(tensors[name], old[name]) for name in theirs)
     vae = read_vae(emoji / "out" / "demo.safetensors")  # by the names and shapes in the file
     assert vae.decode(torch.randn(1, 4, 8, 8)).sample.shape == (1, 3, 64, 64)
@@ -39,7 +40,7 @@ def test_more_steps_train_the_part_they_are_for(emoji, cut):
     then = made(emoji, "then", cut, longer)
     changed = {name for name in first if not torch.equal(first[name], then[name])}
     parts = {"--encoder-steps=2": ("encoder.", "quant_conv."), "--decoder-steps=2": ("decoder.", "post_quant_conv.")}
-    assert changed and all(name.startswith(tuple(PREFIX + part for part in parts[longer])) for name in changed)
+    assert changed and all(name.startswith(tuple(VAE_PREFIX + part for part in parts[longer])) for name in changed)
 
 
 def test_examples_are_the_old_encoders(emoji):
