@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from recipes.demo_checkpoint import sharper_decoder
-from recipes.demo_checkpoint.new_autoencoder import PREFIX, read_vae
 from recipes.demo_checkpoint.sharper_decoder import ADVERSARIAL, Critic, balanced, critic_loss, main
+from recipes.demo_checkpoint.taken import VAE_PREFIX, read_vae
 from spo.checkpoint.tensor_file import open_tensor_file, read_tensors
 from spo.demo.judge import HERE
 
@@ -27,7 +27,8 @@ def test_only_the_decoder_changes_and_a_cut_off_run_goes_on(emoji, monkeypatch):
     old = read_tensors(file, file.tensors)
     assert set(then) == set(old)
     changed = {name for name in old if not torch.equal(then[name].float(), old[name].float())}
-    assert changed and all(name.startswith((f"{PREFIX}decoder.", f"{PREFIX}post_quant_conv.")) for name in changed)
+    trained = tuple(f"{VAE_PREFIX}{part}." for part in ("decoder", "post_quant_conv"))
+    assert changed and all(name.startswith(trained) for name in changed)
     assert any(not torch.equal(first[name], then[name]) for name in changed)
     assert read_vae(emoji / "out" / "demo.safetensors").decode(torch.randn(1, 4, 8, 8)).sample.shape == (1, 3, 64, 64)
     for state in (emoji / "work").glob("*.state"):
