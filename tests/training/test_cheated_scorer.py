@@ -26,11 +26,11 @@ class LikesSaturation:
 
 @pytest.mark.slow
 def test_a_scorer_made_to_be_cheated_is_caught_before_half_of_the_subjects_are_lost(tmp_path):
-    """Followed at a rate that ruins pictures: unwatched, half of the adherence is lost after 16 updates."""
+    """Followed at a rate that ruins pictures: unwatched, half of the adherence is lost after 14 updates."""
     changes = {
         "sampling_steps": 8, "divert_start_step": 1, "candidates": 2, "threshold": 0.0, "prompts_per_batch": 4,
-        "pairs_per_update": 8, "learning_rate": 1e-2, "steps": 32, "save_every": 0, "sample_every": 0,
-        "validate_every": 4, "patience": 0, "on_decline": "stop",
+        "pairs_per_update": 8, "learning_rate": 7e-3, "steps": 32, "save_every": 0, "sample_every": 0,
+        "validate_every": 2, "patience": 0, "on_decline": "stop",
     }  # fmt: skip
     config = demo_config(tmp_path, changes)
     host, said = load_host(config), []
