@@ -7,12 +7,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from recipes.demo_checkpoint.networks import SCALE_FACTOR, build_vae, parameter_count, vae_of
+from recipes.demo_checkpoint.networks import SCALE_FACTOR, build_vae, load_vae, parameter_count, save_vae
 from recipes.demo_checkpoint.options import Options
 from recipes.demo_checkpoint.pictures import SIZE_PX, load_pictures, saturate, save_grid, to_pixels
 from recipes.demo_checkpoint.steps import learning_rate, precision_of, run_steps, updated
 from recipes.demo_checkpoint.taken import read_vae
-from spo.files import write_whole
 
 
 def gradient_loss(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -48,7 +47,7 @@ def train_vae(options: Options) -> None:
     """vae.pt: --vae-steps steps of 16 pictures; high saturations leave room for vivid ones. Or --checkpoint's."""
     if options.checkpoint:
         kept = read_vae(options.checkpoint)
-        write_whole(options.work / "vae.pt", lambda temporary: torch.save(kept.state_dict(), temporary))
+        save_vae(kept, options.work / "vae.pt")
         return draw_reconstructions(options, kept)
     device = options.place
     pictures = load_pictures(options.work).flatten(0, 2)
@@ -74,7 +73,7 @@ def train_vae(options: Options) -> None:
 
     objects = {"vae": vae, "optimizer": optimizer}
     run_steps("vae", options.vae_steps, objects, step, work=options.work, save_every=options.save_every)
-    write_whole(options.work / "vae.pt", lambda temporary: torch.save(vae.cpu().state_dict(), temporary))
+    save_vae(vae.cpu(), options.work / "vae.pt")
     draw_reconstructions(options, vae)
 
 
@@ -83,7 +82,8 @@ def draw_reconstructions(options: Options, vae: Any) -> None:
     """reconstructions.png: rows of pictures above their reconstructions."""
     pixels = to_pixels(load_pictures(options.work).flatten(0, 1)[::61][:32, 0])
     decoded = vae.eval().decode(vae.encode(pixels).latent_dist.mean).sample
-    columns = min(8, len(pixels))
+    columns = 8 if len(pixels) >= 16 else len(pixels)  # whole rows only: the grid is filled from left to right
+    pixels, decoded = (images[: len(images) // columns * columns] for images in (pixels, decoded))
     rows = [row for both in zip(pixels.split(columns), decoded.split(columns), strict=True) for row in both]
     save_grid(options.work / "reconstructions.png", torch.cat(rows), columns)
     print(f"L1 of the means' reconstructions {(decoded - pixels).abs().mean():.4f}")
@@ -97,7 +97,7 @@ def encode(options: Options) -> None:
     SCALE_FACTOR times its latents has mean 0 and std 1 in each channel, as Stable Diffusion's conventions expect. An
     autoencoder of --checkpoint has that already, and stays as it is: its UNet knows those latents.
     """
-    vae = vae_of(torch.load(options.work / "vae.pt")).to(options.place)
+    vae = load_vae(options.work, "vae.pt").to(options.place)
     pictures = load_pictures(options.work)
     parts = pictures.flatten(0, 2).split(64)
     means = torch.cat([vae.encode(to_pixels(part).to(options.place)).latent_dist.mean.cpu() for part in parts])
@@ -112,6 +112,6 @@ def encode(options: Options) -> None:
     vae.quant_conv.bias[4:] += 2 * factor.log()
     vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ centre
     vae.post_quant_conv.weight /= factor.view(1, 4, 1, 1)
-    torch.save(vae.state_dict(), options.work / "vae_folded.pt")
+    save_vae(vae, options.work / "vae_folded.pt")
     latents = (means - centre.view(1, 4, 1, 1)) / spread.view(1, 4, 1, 1)
     torch.save(latents.half().view(*pictures.shape[:3], 4, 8, 8), options.work / "latents.pt")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from recipes.demo_checkpoint.pictures import SIZE_PX
+from spo.files import write_whole
 
 SCALE_FACTOR = 0.18215
 CLIP_LENGTH = 77
@@ -70,18 +69,18 @@ def shape_of(vae: Any) -> VaeShape:
     return VaeShape(width, (1, *(other // width for other in others)), vae.config.layers_per_block)
 
 
-def vae_of(weights: Mapping[str, torch.Tensor]) -> Any:
-    """The autoencoder of a state dict, of whatever shape, for inference."""
-    width, *others = (len(weights[f"encoder.down_blocks.{level}.resnets.0.conv2.bias"]) for level in range(VAE_LEVELS))
-    blocks = sum(bool(re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.bias", name)) for name in weights)
-    vae = build_vae(VaeShape(width, (1, *(other // width for other in others)), blocks))
-    vae.load_state_dict(weights)
+def save_vae(vae: Any, path: Path) -> None:
+    """Its weights, and the shape that they fit."""
+    kept = {"shape": astuple(shape_of(vae)), "weights": vae.state_dict()}
+    write_whole(path, lambda temporary: torch.save(kept, temporary))
+
+
+def load_vae(work: Path, name: str = "vae_folded.pt") -> Any:
+    """The autoencoder, for inference: with SCALE_FACTOR's convention folded in; "vae.pt": as it was trained."""
+    kept = torch.load(work / name)
+    vae = build_vae(VaeShape(*kept["shape"]))
+    vae.load_state_dict(kept["weights"])
     return vae.eval().requires_grad_(False)
-
-
-def load_vae(work: Path) -> Any:
-    """The autoencoder with SCALE_FACTOR's convention folded in, for inference."""
-    return vae_of(torch.load(work / "vae_folded.pt"))
 
 
 def build_unet() -> Any:

@@ -92,16 +92,15 @@ def list_subjects(flat: Path, fluent: Path) -> list[dict]:
 class Jitter:
     """By what renderings of a picture differ; what they have in common will be common to the seeds of a prompt.
 
-    Their background is white: a tinted one would let a taste for vivid colours be met without the subject.
+    Their background is white: a tinted one would let a taste for vivid colours be met without the subject. They are
+    moved from the middle as far as there is room.
 
     sizes_px         from, to; both are drawn. saturations: from, to
-    shifts_px        from the middle, at most; None: as far as there is room
     flipped          share of them seen in a mirror
     turned_degrees   to either side, at most
     """
 
     sizes_px: tuple[int, int] = (48, 62)
-    shifts_px: int | None = None
     saturations: tuple[float, float] = (0.4, 1.1)
     flipped: float = 0.5
     turned_degrees: float = 10.0
@@ -113,13 +112,12 @@ def render(picture: Image.Image, variant: int, rng: np.random.Generator, jitter:
     if variant:
         size_px = int(rng.integers(jitter.sizes_px[0], jitter.sizes_px[1] + 1))
         saturation, brightness = rng.uniform(*jitter.saturations), rng.uniform(0.92, 1.06)
-        room_px = (SIZE_PX - size_px) // 2 if jitter.shifts_px is None else jitter.shifts_px
+        room_px = (SIZE_PX - size_px) // 2
         shift_px = rng.integers(-room_px, room_px + 1, size=2)
-        if jitter.flipped and rng.random() < jitter.flipped:
+        if rng.random() < jitter.flipped:
             picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if jitter.turned_degrees:
-            degrees = rng.uniform(-jitter.turned_degrees, jitter.turned_degrees)
-            picture = picture.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
+        degrees = rng.uniform(-jitter.turned_degrees, jitter.turned_degrees)
+        picture = picture.rotate(degrees, Image.Resampling.BICUBIC, expand=True)
     small = np.asarray(picture.resize((size_px, size_px), Image.Resampling.LANCZOS), dtype=np.float32) / 255
     colour, alpha = small[..., :3], small[..., 3:]
     luma = colour @ np.array([[0.299], [0.587], [0.114]], dtype=np.float32)
