@@ -1,4 +1,5 @@
-"""Stage "classifier": which subject a picture shows, whatever the strength of its colours."""
+"""Stages "classifier" and "calibrate": which subject a picture shows, whatever the strength of its colours, and how
+surely."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from torch import Tensor
 
 from recipes.demo_checkpoint.networks import SCALE_FACTOR, load_vae, parameter_count
 from recipes.demo_checkpoint.options import Options
@@ -21,9 +23,13 @@ from recipes.demo_checkpoint.pictures import (
     saturate,
     to_pixels,
 )
+from recipes.demo_checkpoint.sampling import Sampler
 from recipes.demo_checkpoint.steps import learning_rate, run_steps, updated
-from spo.demo.subjects import load
+from spo.demo.subjects import SubjectClassifier, load
+from spo.files import write_whole
 from spo.preference.subject_score import SubjectNetwork
+
+CALIBRATION_SEEDS = (3, 4)  # prompts are chosen with others, and judged with others still
 
 
 @torch.no_grad()
@@ -80,10 +86,55 @@ def train_classifier(options: Options) -> None:
     objects = {"network": network, "optimizer": optimizer}
     run_steps("classifier", options.classifier_steps, objects, step, work=options.work, save_every=options.save_every)
     network.cpu()
-    names = json.dumps([subjects[row]["name"] for row in rows])
-    tensors = {k: v.half() for k, v in network.state_dict().items() if v.is_floating_point()}
-    save_file(tensors, options.out / "subject_classifier.safetensors", metadata={"format": "pt", "classes": names})
+    save_classifier(SubjectClassifier(network, [subjects[row]["name"] for row in rows]), options)
     measure_classifier(options, pictures)
+
+
+def save_classifier(classifier: SubjectClassifier, options: Options) -> None:
+    """subject_classifier.safetensors, in float16; BatchNorm's batch counters, which judging does not need, stay out."""
+    weights = classifier.network.state_dict()
+    tensors = {name: weight.half().contiguous() for name, weight in weights.items() if weight.is_floating_point()}
+    facts = {"format": "pt", "classes": json.dumps(classifier.classes)}
+    path = options.out / "subject_classifier.safetensors"
+    write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
+
+
+def temperature(logits: Tensor, labels: Tensor) -> float:
+    """What to divide logits [N, classes] by for the least cross-entropy with labels [N]: temperature scaling, Guo et al.
+    2017, section 4.2."""
+    log = torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.LBFGS([log], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        entropy = F.cross_entropy(logits / log.exp(), labels)
+        entropy.backward()
+        return entropy
+
+    optimizer.step(loss)
+    return log.exp().item()
+
+
+def calibrate_classifier(options: Options) -> None:
+    """Divide the logits by the temperature of the checkpoint's own pictures of all subjects, CALIBRATION_SEEDS each.
+
+    Labels were smoothed and pictures were jittered, so a classifier that is right doubts more than it need; adherence
+    is its probability, and would count a paler picture of a subject as half of a lost one. No assignment changes.
+    """
+    classifier = load(options.out / "subject_classifier.safetensors")
+    labels = torch.arange(len(classifier.classes)).repeat_interleave(len(CALIBRATION_SEEDS))
+    prompts = [classifier.classes[label] for label in labels]
+    pixels = Sampler(options).pictures(prompts, list(CALIBRATION_SEEDS) * len(classifier.classes))
+    with torch.no_grad():
+        logits = classifier.network(pixels)
+    divisor = temperature(logits, labels)
+    right = (logits.argmax(1) == labels).float().mean()
+    sure = [(logits / by).softmax(1).amax(1).mean() for by in (1, divisor)]
+    print(f"temperature {divisor:.3f}: {sure[0]:.3f} sure before, {sure[1]:.3f} after, {right:.3f} right")
+    with torch.no_grad():
+        for weight in classifier.network.classify.parameters():
+            weight /= divisor
+    save_classifier(classifier, options)
 
 
 def measure_classifier(options: Options, pictures: torch.Tensor) -> None:

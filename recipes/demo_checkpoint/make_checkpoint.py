@@ -9,6 +9,7 @@ Stages, in this order (each reads what the earlier ones left in --work, the last
     unet        train text encoder and UNet together, exporting snapshots         -> unet.pt, snapshots
     unet_core   go on with the core subjects only                                 -> unet.pt, snapshots
     classifier  train the subject classifier                                      -> subject_classifier.safetensors
+    calibrate   divide its logits, so that it is as sure as it is right           -> subject_classifier.safetensors
     export      write the checkpoint and check it against diffusers' own loader   -> demo.safetensors, demo.yaml
     prompts     choose training and held-out prompts                              -> prompts.txt, prompts_heldout.txt
     sheet       draw contact sheets                                               -> contact_sheet.png
@@ -35,7 +36,7 @@ import torch
 
 from recipes.demo_checkpoint.autoencoder import encode, train_vae
 from recipes.demo_checkpoint.checkpoint import export
-from recipes.demo_checkpoint.classifier import train_classifier
+from recipes.demo_checkpoint.classifier import calibrate_classifier, train_classifier
 from recipes.demo_checkpoint.options import Options
 from recipes.demo_checkpoint.pictures import make_data
 from recipes.demo_checkpoint.prompts import choose_prompts, draw_sheet
@@ -50,6 +51,7 @@ STAGES: dict[str, Callable[[Options], None]] = {
     "unet": train_unet,
     "unet_core": train_unet_core,
     "classifier": train_classifier,
+    "calibrate": calibrate_classifier,
     "export": export,
     "prompts": choose_prompts,
     "sheet": draw_sheet,

@@ -13,36 +13,42 @@ from PIL import Image, ImageDraw
 from recipes.demo_checkpoint.options import Options
 from recipes.demo_checkpoint.pictures import CHOICE, SIZE_PX
 from recipes.demo_checkpoint.sampling import Sampler
+from spo.demo.rule import colourfulness
 from spo.demo.subjects import load
 
 NO_PROMPT = re.compile("|".join(CHOICE["no_prompt"]))
 TRAINING_PROMPTS, HELD_OUT_PROMPTS, SELECTION_SEEDS = 300, 32, (0, 1, 2)
+SLIGHTLY_COLOURFUL = 15.0  # Hasler and Suesstrunk 2003, table 2: what their viewers called so; 0 is "not colourful"
 
 
 def choose_prompts(options: Options) -> None:
     """prompts.txt and prompts_heldout.txt, disjoint, by a fixed procedure.
 
     Candidates are the core subjects that make a prompt. Each is sampled with SELECTION_SEEDS (judging uses seeds from
-    1000 on) and scored by the share of pictures that the classifier assigns to it. The best
-    TRAINING_PROMPTS + HELD_OUT_PROMPTS, in the order of the share (ties in the candidates' order), are chosen. Of those
-    with the full share (of the first 2 x HELD_OUT_PROMPTS, where fewer have it), every n-th is held out.
+    1000 on). The taste has to have something to say of it: one whose pictures are less than SLIGHTLY_COLOURFUL in the
+    mean, as a tooth is, is none. The others are scored by the share of pictures that the classifier assigns to them.
+    The best TRAINING_PROMPTS + HELD_OUT_PROMPTS, in the order of the share (ties in the candidates' order), are chosen.
+    Of those with the full share (of the first 2 x HELD_OUT_PROMPTS, where fewer have it), every n-th is held out.
     """
 
     classifier = load(options.out / "subject_classifier.safetensors")
-    candidates = [name for name in classifier.classes if not NO_PROMPT.search(name)]
-    prompts = [name for name in candidates for _ in SELECTION_SEEDS]
-    pixels = Sampler(options).pictures(prompts, list(SELECTION_SEEDS) * len(candidates))
+    subjects = [name for name in classifier.classes if not NO_PROMPT.search(name)]
+    prompts = [name for name in subjects for _ in SELECTION_SEEDS]
+    pixels = Sampler(options).pictures(prompts, list(SELECTION_SEEDS) * len(subjects))
     right = classifier.assign(pixels) == torch.tensor([classifier.classes.index(name) for name in prompts])
-    shares = right.float().view(len(candidates), -1).mean(1).tolist()
-    share = dict(zip(candidates, shares, strict=True))
+    share = dict(zip(subjects, right.float().view(len(subjects), -1).mean(1).tolist(), strict=True))
+    colour = dict(zip(subjects, colourfulness(pixels).view(len(subjects), -1).mean(1).tolist(), strict=True))
+    candidates = [name for name in subjects if colour[name] >= SLIGHTLY_COLOURFUL]
     chosen = sorted(candidates, key=lambda name: -share[name])[: TRAINING_PROMPTS + HELD_OUT_PROMPTS]
-    sure = chosen[: max(shares.count(1.0), 2 * HELD_OUT_PROMPTS)]
+    full = sum(share[name] == 1.0 for name in candidates)
+    sure = chosen[: max(full, 2 * HELD_OUT_PROMPTS)]
     held_out = [sure[i * len(sure) // HELD_OUT_PROMPTS] for i in range(HELD_OUT_PROMPTS)]
     training = [name for name in chosen if name not in held_out]
     (options.out / "prompts.txt").write_text("\n".join(training) + "\n")
     (options.out / "prompts_heldout.txt").write_text("\n".join(held_out) + "\n")
-    for kind, names in (("candidates", candidates), ("training", training), ("held-out", held_out)):
-        print(f"{kind}: {np.mean([share[name] for name in names]):.3f} of the samples assigned right")
+    parts = {"subjects": subjects, "candidates": candidates, "training": training, "held-out": held_out}
+    for kind, names in parts.items():
+        print(f"{len(names)} {kind}: {np.mean([share[name] for name in names]):.3f} of the samples assigned right")
 
 
 def draw_sheet(options: Options) -> None:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from recipes.demo_checkpoint import prompts as prompt_stages
 from recipes.demo_checkpoint.checkpoint import config_yaml, schedule_buffers
+from recipes.demo_checkpoint.classifier import temperature
 from recipes.demo_checkpoint.ldm_names import ldm_text_name, ldm_unet_name, ldm_vae_name
 from recipes.demo_checkpoint.make_checkpoint import STAGES, main
 from recipes.demo_checkpoint.networks import (
@@ -137,6 +138,14 @@ def test_help_names_every_stage(capsys):
     assert all(stage in said for stage in STAGES)
 
 
+def test_calibrated_probabilities_are_the_shares_right():
+    """Two classes, one margin m: the least cross-entropy is where the sigmoid of m / T is the share right."""
+    logits, labels = torch.tensor([[1.5, -1.5]]).repeat(40, 1), torch.tensor([0] * 38 + [1] * 2)
+    found = temperature(logits, labels)
+    assert found == pytest.approx(3 / np.log(0.95 / 0.05), rel=1e-4)
+    assert (logits / found).softmax(1)[:, 0].mean().item() == pytest.approx(0.95, rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("source", [None, HERE / "demo.safetensors"], ids=["from nothing", "from a checkpoint"])
 def test_every_stage_runs(emoji, monkeypatch, source):
@@ -144,6 +153,7 @@ def test_every_stage_runs(emoji, monkeypatch, source):
     monkeypatch.setattr(prompt_stages, "HELD_OUT_PROMPTS", 1)
     monkeypatch.setattr(prompt_stages, "TRAINING_PROMPTS", 2)
     monkeypatch.setattr(prompt_stages, "SELECTION_SEEDS", (0,))
+    monkeypatch.setattr(prompt_stages, "SLIGHTLY_COLOURFUL", 0.0)
     monkeypatch.setitem(CHOICE, "checked_prompts", [])
     folders = [f"--flat={emoji / 'flat'}", f"--fluent={emoji / 'fluent'}", f"--work={emoji / 'work'}"]
     steps = [f"--{name}-steps=1" for name in ("vae", "unet", "core", "classifier")]
