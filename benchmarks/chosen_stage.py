@@ -30,7 +30,6 @@ from spo.runs.layout import RunFiles, split_stage
 from spo.runs.metrics import read_metrics
 from spo.training.judges import load_judges
 from spo.training.loop import train
-from spo.training.stages import TOLERATED
 
 COLUMNS = ("seed", "step", "chosen", "taste", "win_rate", "recognised", "judge", "adherence_lost", "diversity_lost")
 RUINED = (0.9, 3)  # so few subjects in so many stages in a row
@@ -57,20 +56,10 @@ def trained(folder: Path, seed: int, steps: int, every: int) -> RunFiles:
     return files
 
 
-def chosen_step(checks: Mapping[int, Mapping[str, str]]) -> int:
-    """The stage that the rule (`spo.training.stages`) takes of a run's checks, step -> row of validation.csv.
-
-    From the numbers and not as the run said, so that the rule can be tried on runs that were made before it changed.
-    """
-
-    def kept(row: Mapping[str, str]) -> bool:
-        shares = [
-            (float(row[f"{name}_lost"]), float(row[f"{name}_lost_low"]), most) for name, most in TOLERATED.items()
-        ]
-        return not any(mean > most and low > 0 for mean, low, most in shares)
-
-    good = [step for step, row in checks.items() if step and kept(row)]
-    return max(good, key=lambda step: float(checks[step]["judge"]), default=max(checks))
+def chosen_step(checks: Mapping[int, Mapping[str, float]]) -> int:
+    """The stage that a run took for the best, of its checks, step -> row of validation.csv: the last, where it took
+    none."""
+    return next((step for step, row in checks.items() if row.get("best")), max(checks))
 
 
 def judge_stages(files: RunFiles, seed: int, every: int, known: Sequence[dict[str, str]], path: Path) -> None:

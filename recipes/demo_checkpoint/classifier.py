@@ -133,7 +133,7 @@ def calibrate_classifier(options: Options) -> None:
     print(f"temperature {divisor:.3f}: {sure[0]:.3f} sure before, {sure[1]:.3f} after, {right:.3f} right")
     with torch.no_grad():
         for weight in classifier.network.classify.parameters():
-            weight /= divisor
+            weight.div_(divisor)
     save_classifier(classifier, options)
 
 

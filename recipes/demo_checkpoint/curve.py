@@ -38,7 +38,7 @@ COLUMNS = (
 def judge_stages(folder: Path, learning_rate: float, steps: int, every: int) -> list[dict[str, Any]]:
     """Train one run and judge its stages: rows of COLUMNS."""
     changes = {"learning_rate": learning_rate, "steps": steps, "save_every": every, "keep_last": 0, "sample_every": 0}
-    config = demo_config(folder, {"step_weight": "paper", **changes})
+    config = demo_config(folder, changes)
     host = load_host(config)
     train(host, config, read_prompts(config.prompt.prompts), load_preference(config, host.device, host.architecture))
     output = Path(config.run.output)
@@ -70,26 +70,30 @@ def judge_stages(folder: Path, learning_rate: float, steps: int, every: int) -> 
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Two panels over updates: win rate with its interval, and the share of pictures that keep their subject."""
+    """Three panels over updates: win rate with its interval, the mean by the rule, and the share of pictures that keep
+    their subject."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(14, 4), layout="constrained")
     FigureCanvasAgg(figure)
-    wins, recognised = figure.subplots(1, 2)
+    wins, taste, recognised = figure.subplots(1, 3)
     for rate in dict.fromkeys(row["learning_rate"] for row in rows):
         mine = [row for row in rows if row["learning_rate"] == rate]
         steps = [row["step"] for row in mine]
         line = wins.plot(steps, [row["win_rate"] for row in mine], marker="o", label=f"learning rate {rate:g}")[0]
         low, high = ([row[name] for row in mine] for name in ("win_low", "win_high"))
         wins.fill_between(steps, low, high, color=line.get_color(), alpha=0.12)
+        taste.plot(steps, [row["taste"] for row in mine], marker="o", color=line.get_color())
         recognised.plot(steps, [row["recognised"] for row in mine], marker="o", color=line.get_color())
     base = rows[0]["base_recognised"]
-    wins.axhline(0.9, color="grey", linestyle=":", linewidth=1)
+    wins.axhline(0.95, color="grey", linestyle=":", linewidth=1)
+    taste.axhline(rows[0]["base_taste"], color="grey", linewidth=1)
     recognised.axhline(base, color="grey", linewidth=1)
-    recognised.axhline(base - 0.05, color="grey", linestyle=":", linewidth=1)
-    wins.set(title="wins against base by the rule (64 held-out pairs)", xlabel="updates", ylim=(0, 1.02))
-    recognised.set(title="subject recognised (line: base, dotted: 5 points less)", xlabel="updates", ylim=(0, 1.02))
+    recognised.axhline(base - 0.02, color="grey", linestyle=":", linewidth=1)
+    wins.set(title="wins by the rule (64 held-out pairs; dotted: 95 %)", xlabel="updates", ylim=(0, 1.02))
+    taste.set(title="colourfulness (line: base)", xlabel="updates")
+    recognised.set(title="subject recognised (line: base, dotted: 2 points less)", xlabel="updates", ylim=(0, 1.02))
     wins.legend(loc="lower right")
     figure.savefig(path, dpi=110)
 
