@@ -20,7 +20,8 @@ _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
 
 
 def colourfulness(pixels: Tensor) -> Tensor:
-    """Colourfulness of pictures on the 0 to 255 scale: 0 is grey, about 45 is quite, 80 and more very colourful.
+    """Colourfulness of pictures on the 0 to 255 scale: 0 is grey, 15 slightly, 45 averagely, 82 highly
+    colourful (table 2 there).
 
     With rg = R - G and yb = (R + G) / 2 - B over all pixels of a picture:
 

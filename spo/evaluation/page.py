@@ -31,7 +31,7 @@ TITLES = {  # name of a statistic -> what it is called, and what it says
     "recognised": ("Recognised subjects", "share of pictures in which the prompt's subject is the likeliest of all"),
     "diversity": ("Diversity", "mean distance between the seeds of one prompt; less than the base: they grow alike"),
     "drift": ("Drift", "mean distance from the base's picture of the same prompt and seed; it has no better side"),
-    "colourfulness": ("Colourfulness", "Hasler and Suesstrunk; 0 is grey, 45 is quite, 80 is very colourful"),
+    "colourfulness": ("Colourfulness", "Hasler and Suesstrunk; 0 is grey, 45 is average, 82 highly colourful"),
     "saturation": ("Saturation", "of HSV, 0 to 1"),
     "contrast": ("Contrast", "standard deviation of brightness, 0 to 0.5"),
 }

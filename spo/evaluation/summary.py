@@ -112,12 +112,15 @@ def remarks(roles: Mapping[str, str], prompts: Sequence[str], trainings: Sequenc
             "No judge here is known to be one that training never saw. A score that training raised says little by "
             "itself: add another judge."
         )
-    if FOLLOWED in roles.values():
-        followed = ", ".join(name for name, part in roles.items() if part == FOLLOWED)
-        said.append(f"Training followed {followed}: that its score rises is what training did, not yet that it helped.")
-    if CHOSE in roles.values():
-        chose = ", ".join(name for name, part in roles.items() if part == CHOSE)
-        said.append(f"Training did not follow {chose}, but chose its best stage by it: its score flatters a little.")
+    followed, chose = ([name for name, part in roles.items() if part == which] for which in (FOLLOWED, CHOSE))
+    if followed:
+        rises = "its score rises" if len(followed) == 1 else "their scores rise"
+        names = ", ".join(followed)
+        said.append(f"Training followed {names}: that {rises} is what training did, not yet that it helped.")
+    if chose:
+        flatters = "it: its score flatters" if len(chose) == 1 else "them: their scores flatter"
+        names = ", ".join(chose)
+        said.append(f"Training did not follow {names}, but chose its best stage by {flatters} a little.")
     if UNKNOWN in roles.values():
         said.append("A LoRA does not say what it was trained on, so that a judge may be what it followed.")
     trained = own & frozenset[str]().union(*(training.prompts for training in trainings))
