@@ -223,7 +223,10 @@ class ValidationConfig:
     validate_every: int = _setting(
         50, "let them judge pictures of fixed prompts and seeds every so many updates; 0: never", low=0
     )
-    validate_prompts: tuple[str, ...] = _setting((), "prompts of these pictures; none: sixteen of training's")
+    validate_prompts: tuple[str, ...] = _setting((), "prompts of these pictures; none: some of training's")
+    validate_count: int = _setting(
+        16, "how many of training's prompts, spread over them, where validate_prompts names none", low=1
+    )
     validate_pictures: int = _setting(2, "pictures of each of these prompts", low=2, high=64)
     patience: int = _setting(
         5, "end when so many of these checks in a row gave no better stage, whatever length is set; 0: never", low=0

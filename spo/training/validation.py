@@ -25,7 +25,6 @@ from spo.training.memory import Portion, Portions, ScoredInPortions, in_portions
 from spo.training.processes import ALONE, Processes, share_of
 from spo.training.stages import Check
 
-PROMPTS = 16  # of training's, where none are given
 JUDGED_AT_A_TIME = 16  # pictures
 FEATURES_PX = 32  # pictures are compared at this size
 _LESS_MEMORY = "choose a smaller judge, or none, resume with precision float16, or close other programs"
@@ -59,9 +58,9 @@ class Judges:
 
 
 def prompts_of_checks(config: Config, prompts: Sequence[str]) -> list[str]:
-    """Those configured, or PROMPTS of training's, spread over them."""
+    """Those configured, or `validate_count` of training's, spread over them."""
     different = list(dict.fromkeys(prompts))
-    count = min(PROMPTS, len(different))
+    count = min(config.validation.validate_count, len(different))
     given = list(dict.fromkeys(config.validation.validate_prompts))
     return given or [different[i * len(different) // count] for i in range(count)]
 

@@ -56,6 +56,7 @@ def run(config, by=None, **more):
 def test_prompts_are_those_given_or_spread_over_trainings(tmp_path):
     many = [f"a thing {number}" for number in range(160)]
     assert prompts_of_checks(small(tmp_path), many) == many[::10]
+    assert prompts_of_checks(small(tmp_path, validate_count=4), many) == many[::40]
     assert prompts_of_checks(small(tmp_path), PROMPTS) == PROMPTS
     assert prompts_of_checks(small(tmp_path, validate_prompts=["b", "a", "b"]), many) == ["b", "a"]
 

@@ -41,6 +41,7 @@ _LABELS = {
     "live_votes": "Train while voting",
     "validate_every": "Judge every, in updates",
     "validate_prompts": "Prompts of the judged pictures",
+    "validate_count": "How many of training's, if none",
     "validate_pictures": "Pictures of each prompt",
     "on_decline": "When pictures get worse",
 }

@@ -106,7 +106,7 @@ CHOICES = [
 @pytest.mark.parametrize(("name", "architecture"), CHOICES)
 def test_tab_api_and_command_line_mean_the_same(asked_for, name, architecture, changes):
     configs = [asked_for(interface, name, architecture, **changes) for interface in ("tab", "API", "command line")]
-    own = {*training.HOST_OWNED, "negative_prompt"}
+    own = {*training.HOST_OWNED, "negative_prompt", "width", "height"}  # sizes: of the loaded checkpoint, the demo's
     tab, api, command_line = ({key: value for key, value in one.items() if key not in own} for one in configs)
     assert tab == api == command_line
     assert {key: tab[key] for key in changes} == changes
@@ -141,7 +141,7 @@ def test_a_memory_choice_is_the_preset_for_that_card(asked_for, card, architectu
     assert set(edits) - {"preference"} <= set(values)
     tab = asked_for("tab", paper, architecture, **{name: edits[name] for name in values if name in edits})
     api = asked_for("API", card, architecture)
-    own = {*training.HOST_OWNED, "negative_prompt"}
+    own = {*training.HOST_OWNED, "negative_prompt", "width", "height"}  # sizes: of the loaded checkpoint, the demo's
     assert {k: v for k, v in tab.items() if k not in own} == {k: v for k, v in api.items() if k not in own}
 
 
