@@ -80,7 +80,7 @@ _ALL = (
             "steps": 135,
             "save_every": 40,
             "sample_every": 40,
-            "validate_every": 15,
+            "validate_every": 10,
             "validate_count": 64,  # of 16 one that is hard to draw decides: docs/stages.md
             "patience": 2,
         },

@@ -30,7 +30,7 @@ from torch import Tensor
 from spo.config import ValidationConfig
 from spo.evaluation.interval import Interval, bootstrap_interval
 
-TOLERATED = {"adherence": 0.025, "diversity": 0.2}  # shares of the base's; by benchmarks/chosen_stage.py
+TOLERATED = {"adherence": 0.02, "diversity": 0.2}  # shares of the base's; by benchmarks/chosen_stage.py
 CLAMPED = 0.3  # of the trained pairs
 _WORDS = {"adherence": "adherence to the prompts", "diversity": "diversity between seeds"}
 
