@@ -62,8 +62,8 @@ HOST_OWNED = {
     "pairs": "the prompts given",
 }
 POOL_PX = 512
-DEMO_SAMPLES = ("strawberry", "owl", "rose", "rocket")
-DEMO_UPDATES = 60  # the LoRA wins nine in ten pairs from 30 on (docs/demo.md)
+DEMO_SAMPLES = ("mushroom", "sunflower", "cactus", "rocket")
+DEMO_UPDATES = 60  # the demo chooses about so many (docs/stages.md)
 _SAFETENSORS_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32"}
 
 
