@@ -77,7 +77,7 @@ await walk(async () => {
     }
 
     await tab("txt2img");
-    await fill("txt2img_prompt", "owl");
+    await fill("txt2img_prompt", "mushroom");
     for (const side of ["width", "height"]) await fill(`txt2img_${side}`, "64");
     await fill("txt2img_batch_size", "4");
     await fill("txt2img_cfg_scale", "5");

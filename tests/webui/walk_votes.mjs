@@ -100,12 +100,14 @@ await walk(async () => {
     await pause(400);
     await page.locator("#spo_compare_loras ul.options li", { hasText: new RegExp(`${NAME}\\s*$`) }).first().click();
     await page.keyboard.press("Tab");
-    await fill("spo_compare_prompts", "owl\nrocket");
+    await fill("spo_compare_prompts", "mushroom\nrocket");
     for (const side of ["width", "height"]) await fill(`spo_compare_${side}`, "64");
     if (process.env.VOTE_STEPS) await fill("spo_compare_steps", process.env.VOTE_STEPS);
+    const said = () => page.locator("#spo_compare_status").first().innerText();
+    const before = await said(); // of an earlier comparison
     await page.locator("#spo_compare_start").click();
     const compared = () => page.locator("#spo_compare_status .spo-status").first().evaluate((e) => e.dataset.phase);
-    await until("the comparison", async () => (await compared()) === "finished" && (await page.locator("#spo_compare_pictures img").count()), 900);
+    await until("the comparison", async () => (await compared()) === "finished" && (await said()) !== before && (await page.locator("#spo_compare_pictures img").count()), 900);
     await pause(1000);
     await shot("compare_votes");
 });
