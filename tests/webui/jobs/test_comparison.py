@@ -124,7 +124,7 @@ def test_a_comparison_from_request_to_grid(loras, grids, name):
     assert done.page == done.picture.with_suffix(".html") and done.page.with_suffix(".csv").is_file()
     text = done.page.read_text(encoding="utf-8")
     assert text.count("<article") == 4
-    statistics = {name: cells for name, *cells in done.statistics}
+    statistics = {name: [mean for mean, _ in cells] for name, cells in done.statistics.rows}
     assert "50%" in " ".join(statistics["Wins against the base (demo)"])
     assert "Drift (pixels, root mean square)" in statistics
     again = finished(comparison.start_comparison(request))
