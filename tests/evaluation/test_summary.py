@@ -49,7 +49,10 @@ def test_all_parts_have_the_same_rows():
         ({}, "No judge here is known to be one that training never saw."),
         ({"demo": FOLLOWED, "other": UNSEEN}, "Training followed demo: that its score rises is what training did"),
         ({"other": CHOSE}, "Training did not follow other, but chose its best stage by it"),
-        ({"a": CHOSE, "b": CHOSE}, "Training did not follow a, b, but chose its best stage by them: their scores flatter"),
+        (
+            {"a": CHOSE, "b": CHOSE},
+            "Training did not follow a, b, but chose its best stage by them: their scores flatter",
+        ),
         ({"demo": UNKNOWN}, "A LoRA does not say what it was trained on"),
     ],
 )
