@@ -93,15 +93,15 @@ def train_classifier(options: Options) -> None:
 def save_classifier(classifier: SubjectClassifier, options: Options) -> None:
     """subject_classifier.safetensors, in float16; BatchNorm's batch counters, which judging does not need, stay out."""
     weights = classifier.network.state_dict()
-    tensors = {name: weight.half().contiguous() for name, weight in weights.items() if weight.is_floating_point()}
+    tensors = {name: weight.half() for name, weight in weights.items() if weight.is_floating_point()}
     facts = {"format": "pt", "classes": json.dumps(classifier.classes)}
     path = options.out / "subject_classifier.safetensors"
     write_whole(path, lambda temporary: save_file(tensors, temporary, metadata=facts))
 
 
 def temperature(logits: Tensor, labels: Tensor) -> float:
-    """What to divide logits [N, classes] by for the least cross-entropy with labels [N]: temperature scaling, Guo et al.
-    2017, section 4.2."""
+    """What to divide logits [N, classes] by for the least cross-entropy with labels [N]: temperature scaling (Guo et
+    al. 2017, section 4.2)."""
     log = torch.zeros((), requires_grad=True)
     optimizer = torch.optim.LBFGS([log], max_iter=100, line_search_fn="strong_wolfe")
 
@@ -123,10 +123,9 @@ def calibrate_classifier(options: Options) -> None:
     """
     classifier = load(options.out / "subject_classifier.safetensors")
     labels = torch.arange(len(classifier.classes)).repeat_interleave(len(CALIBRATION_SEEDS))
-    prompts = [classifier.classes[label] for label in labels]
-    pixels = Sampler(options).pictures(prompts, list(CALIBRATION_SEEDS) * len(classifier.classes))
+    pixels = Sampler(options).of_each(classifier.classes, CALIBRATION_SEEDS)
     with torch.no_grad():
-        logits = classifier.network(pixels)
+        logits = classifier.network(pixels.flatten(0, 1))
     divisor = temperature(logits, labels)
     right = (logits.argmax(1) == labels).float().mean()
     sure = [(logits / by).softmax(1).amax(1).mean() for by in (1, divisor)]

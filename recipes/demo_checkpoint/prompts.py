@@ -33,11 +33,12 @@ def choose_prompts(options: Options) -> None:
 
     classifier = load(options.out / "subject_classifier.safetensors")
     subjects = [name for name in classifier.classes if not NO_PROMPT.search(name)]
-    prompts = [name for name in subjects for _ in SELECTION_SEEDS]
-    pixels = Sampler(options).pictures(prompts, list(SELECTION_SEEDS) * len(subjects))
-    right = classifier.assign(pixels) == torch.tensor([classifier.classes.index(name) for name in prompts])
-    share = dict(zip(subjects, right.float().view(len(subjects), -1).mean(1).tolist(), strict=True))
-    colour = dict(zip(subjects, colourfulness(pixels).view(len(subjects), -1).mean(1).tolist(), strict=True))
+    pixels = Sampler(options).of_each(subjects, SELECTION_SEEDS)
+    wanted = torch.tensor([classifier.classes.index(name) for name in subjects])
+    right = classifier.assign(pixels.flatten(0, 1)).view(pixels.shape[:2]) == wanted[:, None]
+    colours = colourfulness(pixels.flatten(0, 1)).view(pixels.shape[:2])
+    share = dict(zip(subjects, right.float().mean(1).tolist(), strict=True))
+    colour = dict(zip(subjects, colours.mean(1).tolist(), strict=True))
     candidates = [name for name in subjects if colour[name] >= SLIGHTLY_COLOURFUL]
     chosen = sorted(candidates, key=lambda name: -share[name])[: TRAINING_PROMPTS + HELD_OUT_PROMPTS]
     full = sum(share[name] == 1.0 for name in candidates)
@@ -55,11 +56,7 @@ def draw_sheet(options: Options) -> None:
     """contact_sheet.png: the checked prompts, then held-out ones, four pictures each (seeds 1000 to 1003)."""
     held_out = (options.out / "prompts_heldout.txt").read_text().splitlines()
     prompts = [*CHOICE["checked_prompts"], "red apple, flat", "red apple, 3d", *held_out]
-    seeds = list(range(1000, 1004))
-    pixels = Sampler(options).pictures([prompt for prompt in prompts for _ in seeds], seeds * len(prompts))
-    draw_captioned(
-        options.out / "contact_sheet.png", prompts, pixels.view(len(prompts), len(seeds), 3, SIZE_PX, SIZE_PX)
-    )
+    draw_captioned(options.out / "contact_sheet.png", prompts, Sampler(options).of_each(prompts, range(1000, 1004)))
 
 
 def draw_captioned(path: Path, captions: list[str], pixels: torch.Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from recipes.demo_checkpoint.networks import (
@@ -23,6 +25,12 @@ class Sampler:
         self.vae = load_vae(options.work)
         self.tokenizer_folder = options.tokenizer
         self.alpha_bar = alphas_cumprod().float()
+
+    def of_each(self, prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+        """Pixels [prompts, seeds, 3, 64, 64] in [-1, 1]: every prompt with every seed."""
+        rows = [(prompt, seed) for prompt in prompts for seed in seeds]
+        flat = self.pictures([prompt for prompt, _ in rows], [seed for _, seed in rows])
+        return flat.unflatten(0, (len(prompts), len(seeds)))
 
     @torch.no_grad()
     def pictures(self, prompts: list[str], seeds: list[int], guidance_scale: float = 5.0) -> torch.Tensor:
