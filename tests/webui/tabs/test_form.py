@@ -15,7 +15,7 @@ from spo import config  # noqa: E402
 from spo.cli import main  # noqa: E402
 from spo.cli.settings_flags import given_values  # noqa: E402
 from spo.presets import CARDS, NAMED, preset  # noqa: E402
-from spo.webui import seam  # noqa: E402
+from spo.webui import folders, seam  # noqa: E402
 from spo.webui.api import bodies, routes  # noqa: E402
 from spo.webui.jobs import job, training  # noqa: E402
 from spo.webui.tabs import form  # noqa: E402
@@ -61,6 +61,8 @@ def asked_for(no_webui, monkeypatch):
     prepared = []
     monkeypatch.setattr(training, "_train", lambda job, ready, resume: prepared.append(ready.config))
     monkeypatch.setattr(train_tab, "plan_text", lambda request: "")
+    # the loaded checkpoint is the demo's, which has a size of its own
+    monkeypatch.setattr(folders, "usual_size_px", lambda architecture, file_name: config.NATIVE_SIZE_PX[architecture])
     app = fastapi.FastAPI()
     routes.add_routes(app)
     client = testclient.TestClient(app)
@@ -106,7 +108,7 @@ CHOICES = [
 @pytest.mark.parametrize(("name", "architecture"), CHOICES)
 def test_tab_api_and_command_line_mean_the_same(asked_for, name, architecture, changes):
     configs = [asked_for(interface, name, architecture, **changes) for interface in ("tab", "API", "command line")]
-    own = {*training.HOST_OWNED, "negative_prompt", "width", "height"}  # sizes: of the loaded checkpoint, the demo's
+    own = {*training.HOST_OWNED, "negative_prompt"}
     tab, api, command_line = ({key: value for key, value in one.items() if key not in own} for one in configs)
     assert tab == api == command_line
     assert {key: tab[key] for key in changes} == changes
@@ -141,7 +143,7 @@ def test_a_memory_choice_is_the_preset_for_that_card(asked_for, card, architectu
     assert set(edits) - {"preference"} <= set(values)
     tab = asked_for("tab", paper, architecture, **{name: edits[name] for name in values if name in edits})
     api = asked_for("API", card, architecture)
-    own = {*training.HOST_OWNED, "negative_prompt", "width", "height"}  # sizes: of the loaded checkpoint, the demo's
+    own = {*training.HOST_OWNED, "negative_prompt"}
     assert {k: v for k, v in tab.items() if k not in own} == {k: v for k, v in api.items() if k not in own}
 
 
