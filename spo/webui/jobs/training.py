@@ -216,6 +216,7 @@ def start_demo() -> Job:
     webui.refresh_checkpoints()
     prompts = read_prompts(folders.BUNDLED_PROMPTS)
     short: dict[str, Any] = {"preference": BUNDLED, "steps": DEMO_UPDATES, "sample_every": 20, "save_every": 0}
+    # few checks of few pictures: the first one comes before anything is seen
     short |= {"sample_prompts": list(DEMO_SAMPLES), "validate_every": 20, "validate_count": 16}
     request = TrainingRequest(folders.free_name("demo"), prompts, short, preset="demo")
 
